@@ -11,11 +11,12 @@ import torch
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from server.chat import Reply, complete, prepare, stream
+from server.chat import Reply, complete, stream
 from server.errors import UnavailableError, install_handlers
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
+from server.prepare import prepare
 from server.protocol import ChatRequest
 from server.responses import (
     ChatCompletion,

@@ -1,136 +1,35 @@
-"""A chat request's way: checked, submitted to the engine, read as text, judged, accounted for."""
+"""A chat request's way: submitted to the engine, read as text, judged, accounted for."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from server.detokenize import Detokenizer
 from server.engine.base import (
     EngineError,
-    EngineRequest,
     EngineStoppedError,
     FinishReason,
     PromptScores,
-    Sampling,
 )
 from server.errors import (
     ApiError,
-    ContextLengthError,
     InternalError,
-    InvalidRequestError,
-    UnavailableError,
     from_engine,
 )
 from server.hosting import Host
 from server.metrics import Metrics, ReplyMeter
+from server.prepare import Prepared
 from server.profiles import finite
-from server.protocol import ChatRequest
 from server.responses import ChatCompletion, Choice, Receipt, ReplyMessage, Usage
 from server.sse import DONE, event
 from steering.judge import Outcome
-from steering.profile import Profile
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MAX_TOKENS = 256
-SURROGATE = re.compile("[\ud800-\udfff]")
-CHARACTERS_PER_TOKEN = 64
-"""More than any real text has on average; only runs of blanks come near."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A request that was understood: who answers, and what the engine is asked."""
-
-    body: ChatRequest
-    profile: Profile
-    strength: float
-    request: EngineRequest
-    ignored: tuple[str, ...]
-
-
-async def prepare(host: Host, body: ChatRequest) -> Prepared:
-    """Check a request and render its prompt. Raises ApiError."""
-    ignored = body.check()
-    if not host.ready:
-        raise UnavailableError("The server cannot take requests now.", headers={"Retry-After": "5"})
-    steering = body.steering
-    profile = host.profiles.choose(body.model, steering.profile if steering is not None else None)
-    strength = profile.strength
-    if steering is not None and steering.strength is not None:
-        strength = steering.strength
-    folded = profile.name == host.profiles.folded
-    if folded and strength != profile.strength:
-        raise InvalidRequestError(
-            f"{profile.name!r} is folded into the weights at strength {profile.strength}; leave "
-            "'steering.strength' out.",
-            param="steering.strength",
-        )
-    messages = [message.rendered() for message in body.messages]
-    characters = sum(len(message["content"]) for message in messages)
-    if characters > CHARACTERS_PER_TOKEN * host.engine.max_model_len:
-        # Tokenising this would take long, only to find that it does not fit.
-        raise ContextLengthError(
-            f"This server takes {host.engine.max_model_len} tokens, prompt and reply together. The "
-            f"messages have {characters} characters, more than so many tokens can hold; shorten "
-            "them.",
-            param="messages",
-        )
-    if any(SURROGATE.search(message["content"]) for message in messages):
-        raise InvalidRequestError(
-            "The messages hold half of a surrogate pair, which is no text.", param="messages"
-        )
-    try:
-        # Templates and tokenisers take their time; other requests' tokens must not wait for it.
-        prompt = await asyncio.to_thread(host.lm.encode_chat, messages)
-    except ValueError as error:
-        raise InvalidRequestError(_one_line(error), param="messages") from error
-    request = EngineRequest(
-        request_id=f"chatcmpl-{uuid.uuid4().hex}",
-        prompt_ids=tuple(prompt),
-        sampling=_sampling(body, len(prompt), host.engine.max_model_len),
-        edits=() if folded else profile.applied(strength),
-        answer_probe=_answer_probe(profile, strength),
-    )
-    try:
-        host.engine.check(request)
-    except ValueError as error:
-        raise InvalidRequestError(_one_line(error)) from error
-    return Prepared(body, profile, strength, request, tuple(ignored))
-
-
-def _sampling(body: ChatRequest, prompt_tokens: int, limit: int) -> Sampling:
-    room = limit - prompt_tokens
-    asked = body.asked_tokens
-    if room < (asked or 1):
-        more = "leaves no room for a reply" if asked is None else f"and {asked} for the reply"
-        raise ContextLengthError(
-            f"This server takes {limit} tokens, prompt and reply together. The prompt has "
-            f"{prompt_tokens} {more}; shorten it{'' if asked is None else ' or ask for fewer'}.",
-            param="messages",
-        )
-    return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(body.top_k or 0, 0),
-        seed=body.seed,
-        max_tokens=min(DEFAULT_MAX_TOKENS, room) if asked is None else asked,
-    )
-
-
-def _answer_probe(profile: Profile, strength: float) -> str | None:
-    """The key of the probe calibrated for this profile at this strength, None if nobody did."""
-    if not profile.applied(strength):
-        return ""
-    return profile.fingerprint if strength == profile.strength else None
 
 
 class Reply:
@@ -295,7 +194,3 @@ async def stream(reply: Reply) -> AsyncGenerator[str, None]:
 
 def _header_safe(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]") else "?" for c in name[:64])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
