@@ -10,23 +10,20 @@ from pathlib import Path
 
 import torch
 
-import steering
 from server.engine.base import Engine
 from server.engine.local import LocalEngine
-from server.profiles import MONITOR_FILE, ProfileStore, profile_files
+from server.profiles import ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, Settings
+from steering.demo import DEMO, DEMO_NAME
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
-from steering.monitor import Monitor, PromptClass
+from steering.monitor import MONITOR_FILE, Monitor, PromptClass
 from steering.plan import sites_of
 from steering.profile import Profile
 from steering.selftest import self_test
 
 logger = logging.getLogger(__name__)
-
-DEMO_NAME = "demo"
-DEMO = Path(steering.__path__[0]) / "demo"
 
 
 @dataclass

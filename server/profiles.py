@@ -11,10 +11,8 @@ from server.errors import InvalidRequestError, NotFoundError
 from server.responses import ModelCard, ProfileCard
 from steering.edit import Edit
 from steering.models import LanguageModel
+from steering.monitor import MONITOR_FILE
 from steering.profile import RAW, Profile, ProfileError
-
-MONITOR_FILE = "monitor.safetensors"
-"""Lies beside a model's profiles and is none."""
 
 
 class ProfileStore:

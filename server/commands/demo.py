@@ -30,8 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from server.hosting import DEMO
-    from steering.demo import recipe
+    from steering.demo import DEMO, recipe
 
     out = arguments.out or DEMO / "model"
     recipe.build(out, seed=arguments.seed, steps=arguments.steps, threads=arguments.threads)
@@ -42,7 +41,7 @@ def _build(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     import torch
 
-    from server.hosting import DEMO
+    from steering.demo import DEMO
     from steering.demo.fit import fit_demo
 
     torch.set_num_threads(arguments.threads)

@@ -126,8 +126,7 @@ def _evaluation(
 ) -> Evaluation:
     from dataclasses import replace
 
-    from server.hosting import DEMO_NAME
-    from steering.demo import suite
+    from steering.demo import DEMO_NAME, suite
     from steering.evaluate.arms import Decoding
     from steering.evaluate.job import Evaluation, Utility
     from steering.evaluate.utility import read_choices, text_passages

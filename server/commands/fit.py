@@ -65,11 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from server.engine.offline import OfflineGenerator
-    from server.profiles import MONITOR_FILE, profile_files
+    from server.profiles import profile_files
     from steering.fit import fit_profile, make_method
     from steering.judge import make_judge
     from steering.methods import FitData
     from steering.models import load_model
+    from steering.monitor import MONITOR_FILE
     from steering.monitor_fit import fit_monitor
     from steering.profile import Profile
     from steering.resume import KeptReplies, KeptStates

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from steering.demo import DEMO_NAME
 from steering.demo.corpus import Split, prompts
 from steering.demo.table import REPLY_TOKENS, measure
 from steering.fit import fit_profile
@@ -19,11 +20,11 @@ from steering.methods.alphasteer import AlphaSteer
 from steering.methods.llm_va import LlmVa
 from steering.methods.optimal_transport import OptimalTransport
 from steering.models import load_model
+from steering.monitor import MONITOR_FILE
 from steering.monitor_fit import fit_monitor
 from steering.profile import Profile
 from steering.prompts import Prompt, PromptSet
 
-MONITOR_FILE = "monitor.safetensors"
 # PCA-OT maps plain harmful requests to plain benign ones, as the paper does.
 METHODS: tuple[Method, ...] = (
     LlmVa(),
@@ -49,7 +50,7 @@ def fit_demo(
     Takes some minutes. `report` is called with lines of progress, `progress` adds bars.
     """
     lm = load_model(str(model), dtype=torch.float32)
-    lm = replace(lm, name="demo")
+    lm = replace(lm, name=DEMO_NAME)
     data = FitData(
         lm,
         prompt_set("fit"),

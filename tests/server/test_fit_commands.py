@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 
 from server.cli import main
 from server.engine.offline import OfflineGenerator
-from server.profiles import MONITOR_FILE
 from steering.edit import Edit, Site
 from steering.models import LanguageModel
-from steering.monitor import Monitor
+from steering.monitor import MONITOR_FILE, Monitor
 from steering.profile import Profile
 
 OT = ("--set", "judged_per_kind=2", "--set", "windows=1", "--set", "components=1")
