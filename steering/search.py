@@ -97,9 +97,11 @@ class Search:
         unedited: list[str] = []
         for option in (Option({"unedited": True}, ()), *options):
             edits = [AppliedEdit(edit, option.strength) for edit in option.edits]
-            texts = [data.lm.decode(reply) for reply in data.replies(prompts, edits)]
+            with data.clock.timed("selecting"):
+                replies = data.replies(prompts, edits)
+                judged = Judged(prompts, data.judged(prompts, replies))
+            texts = [data.lm.decode(reply) for reply in replies]
             unedited = unedited or texts
-            judged = Judged(prompts, [data.judge(text) for text in texts])
             wanted = judged.share(aim, harmful=True)
             answered = [
                 kept_words(prompt.text, before, after) if outcome == "answer" else 0.0

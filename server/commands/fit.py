@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from steering.monitor import MONITOR_FILE
     from steering.monitor_fit import fit_monitor
     from steering.profile import Profile
-    from steering.resume import KeptReplies, KeptStates
+    from steering.resume import KeptFigures, KeptReplies, KeptStates, KeptVerdicts
 
     # Everything that can be wrong with the arguments shows before the model is loaded.
     _check(arguments)
@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     for profile in profiles:
         profile.check_base(lm)
     cache = arguments.out / CACHE
+    if arguments.judge != "phrases":  # a classifier takes longer than its verdicts to read
+        judge = KeptVerdicts(cache, judge)
     with OfflineGenerator(max_num_seqs=arguments.max_num_seqs) as generator:
         data = FitData(
             lm,
@@ -95,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
             selection,
             generator=KeptReplies(cache, generator, report=_report),
             reader=KeptStates(cache, report=_report),
+            memory=KeptFigures(cache),
             judge=judge,
             reply_tokens=arguments.reply_tokens,
             seed=arguments.seed,

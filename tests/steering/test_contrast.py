@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steering.activations import gather_activations, last_tokens
+from steering.activations import LastTokens, gather_activations
 from steering.contrast import (
     CONTRASTS,
     contrast_sides,
@@ -80,7 +80,7 @@ def test_streamed_means_equal_those_of_all_states_at_once() -> None:
 
 def test_pooled_means_keep_the_pool_s_shape() -> None:
     found = data(4)
-    means = mean_states(found, found.fit.harmful, SITES, last_tokens(2))
+    means = mean_states(found, found.fit.harmful, SITES, LastTokens(2))
     last = mean_states(found, found.fit.harmful, SITES)
     for site in SITES:
         assert means[site].shape == (2, 64)
