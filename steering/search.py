@@ -172,10 +172,3 @@ def candidate_blocks(
     count = min(count, len(found))
     steps = max(1, count - 1)
     return [found[i] for i in sorted({round(k * (len(found) - 1) / steps) for k in range(count)})]
-
-
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A hyper-parameter that may hold several values, given as one or as several."""
-    if isinstance(value, tuple):
-        return value
-    return tuple(value) if isinstance(value, list) else (value,)

@@ -6,6 +6,7 @@ The header lies in the metadata under one key per kind of file, with the version
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,35 @@ def write_safetensors(
 
     Args:
         key: of the metadata, by kind of file.
+
+    Raises OSError where it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # Of one process alone: several may be writing the same file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
-    save_file(tensors, partial, {key: text})
-    partial.replace(path)
+    try:
+        write_tensors(partial, tensors, {key: text})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file with the permissions that any new file gets.
+
+    Raises OSError where it cannot be written.
+    """
+    # The library makes files that only their owner can read.
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(mode)
 
 
 def read_safetensors(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from server.commands import prompt_flags
@@ -123,16 +124,27 @@ def _report(line: str) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for flags that contradict each other."""
+    """Raise ValueError for flags that contradict each other or cannot be; makes the directory."""
+    from steering.profile import check_name
+
     if arguments.method == MONITOR:
         for flag, value in (("--set", arguments.set), ("--name", arguments.name)):
             if value:
                 raise ValueError(f"{flag} belongs to a method's profile; the monitor has none")
     elif arguments.profile:
         raise ValueError(f"--profile belongs to `pilothouse fit {MONITOR}`")
-    for flag in ("reply_tokens", "max_num_seqs"):
-        if getattr(arguments, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is at least 1")
+    if arguments.name is not None:
+        check_name(arguments.name)
+    for flag, least in (("reply_tokens", 1), ("max_num_seqs", 1), ("threads", 1), ("seed", 0)):
+        value = getattr(arguments, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} is at least {least}")
+    # A folder that cannot be written to should not show after hours.
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.out).close()
+    except OSError as error:
+        raise ValueError(f"--out {arguments.out} cannot be written to: {error}") from error
 
 
 def _hyper_parameters(pairs: list[str]) -> dict[str, str]:

@@ -34,6 +34,7 @@ from torch import Tensor
 from steering.activations import LastTokens
 from steering.contrast import mean_differences, sides_by_outcome, unit
 from steering.edit import AppliedEdit, Edit, Site
+from steering.hyper_parameters import check_hyper_parameters
 from steering.methods import FitData, Fitted
 from steering.methods.activation_addition import addition
 from steering.models import LanguageModel
@@ -118,11 +119,11 @@ class DirectionalAblation:
     red_team: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_hyper_parameters(self)
         if not 0 < self.max_depth <= 1:
             raise ValueError(f"max_depth is a share of the depth, above 0; got {self.max_depth}")
-        counts = (self.max_positions, self.prompts_per_kind, self.selection_per_kind)
-        if min(*counts, self.judged_per_kind) < 1:
-            raise ValueError("max_positions and numbers of prompts are at least 1")
+        if self.max_positions < 1:
+            raise ValueError(f"max_positions is at least 1; got {self.max_positions}")
 
     def fit(self, data: FitData) -> Fitted:
         """Fit the edits.

@@ -143,6 +143,21 @@ def test_a_monitor_is_fitted_with_a_probe_for_every_profile(
     assert "fit monitor" in fails(capsys, *other, "--profile", tmp_path / "out")
 
 
+def test_a_fit_that_could_not_be_saved_does_not_begin(
+    capsys: pytest.CaptureFixture[str], prompts: list[str], tmp_path: Path
+) -> None:
+    fit = ("fit", "raw", "--model", "/none", *prompts, "--out")
+    for flags, message in (
+        (("--name", "Up/and/away"), "is not a profile name"),
+        (("--threads", 0), "--threads is at least 1"),
+        (("--seed", -1), "--seed is at least 0"),
+    ):
+        assert message in fails(capsys, *fit, tmp_path / "out", *flags)
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "cannot be written to" in fails(capsys, *fit, out)
+
+
 def test_an_exported_adapter_comes_back_as_a_profile(
     capsys: pytest.CaptureFixture[str], model_path: Path, saved: LanguageModel, tmp_path: Path
 ) -> None:

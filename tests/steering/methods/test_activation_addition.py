@@ -66,7 +66,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ({"contrasts": ()}, "contrasts needs at least one value"),
         ({"contrasts": "words"}, "contrasts are of labels, filtered, outcomes"),
         ({"phases": "late"}, "phases are of prompt, generation, all"),
-        ({"strengths": (0.5, -1.0)}, "towards=answer turns the direction"),
+        ({"strengths": (0.5, -1.0)}, "strengths are above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             ActivationAddition(**settings)  # type: ignore[arg-type]
