@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ from steering.activations import ActivationBatch, name_of, read_activations
 from steering.edit import AppliedEdit, Site, edits_digest, effective_edits
 from steering.fit import library_versions
 from steering.generate import Generator
-from steering.judge import Judge, Outcome, ask
+from steering.judge import Judge, Outcome, PhraseJudge, ask
+from steering.methods import FitData
 from steering.models import LanguageModel
 from steering.plan import Pool, last_token
 from steering.storage import read_safetensors, write_safetensors
@@ -33,7 +35,28 @@ from steering.storage import read_safetensors, write_safetensors
 if TYPE_CHECKING:
     from steering.judge_set import Card
 
+CACHE = ".cache"
+"""What people call the folder, where they save the profiles."""
+
 _METADATA_KEY = "pilothouse_states"
+
+
+def keep_in(folder: Path, data: FitData) -> FitData:
+    """The same data for a fit that goes on where it stopped, by what is kept in `folder`.
+
+    `data.report` is called with a line where something was found. The default judge's verdicts are
+    not kept: they cost less than reading them.
+    """
+    judge = data.judge
+    if isinstance(judge, Judge) and not isinstance(judge, PhraseJudge):
+        judge = KeptVerdicts(folder, judge)
+    return replace(
+        data,
+        generator=KeptReplies(folder, data.generator, report=data.report),
+        reader=KeptStates(folder, report=data.report),
+        memory=KeptFigures(folder),
+        judge=judge,
+    )
 
 
 class KeptReplies:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = 1
@@ -33,26 +33,12 @@ def write_safetensors(
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
     try:
-        write_tensors(partial, tensors, {key: text})
+        # Not `save_file`, whose files nobody but their owner can read, whatever the umask.
+        partial.write_bytes(save(tensors, {key: text}))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file with the permissions that any new file gets.
-
-    Raises OSError where it cannot be written.
-    """
-    # The library makes files that only their owner can read.
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    path.chmod(mode)
 
 
 def read_safetensors(

@@ -19,7 +19,6 @@ FIT_SHARE = 0.7
 """Of the prompts; methods choose their hyper-parameters on the others."""
 
 MONITOR = "monitor"
-CACHE = ".cache"
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from steering.monitor import MONITOR_FILE
     from steering.monitor_fit import fit_monitor
     from steering.profile import Profile
-    from steering.resume import KeptFigures, KeptReplies, KeptStates, KeptVerdicts
+    from steering.resume import CACHE, keep_in
 
     # Everything that can be wrong with the arguments shows before the model is loaded.
     _check(arguments)
@@ -89,22 +88,19 @@ def run(arguments: argparse.Namespace) -> int:
     for profile in profiles:
         profile.check_base(lm)
     cache = arguments.out / CACHE
-    if arguments.judge != "phrases":  # a classifier takes longer than its verdicts to read
-        judge = KeptVerdicts(cache, judge)
     with OfflineGenerator(max_num_seqs=arguments.max_num_seqs) as generator:
         data = FitData(
             lm,
             fit,
             selection,
-            generator=KeptReplies(cache, generator, report=_report),
-            reader=KeptStates(cache, report=_report),
-            memory=KeptFigures(cache),
+            generator=generator,
             judge=judge,
             reply_tokens=arguments.reply_tokens,
             seed=arguments.seed,
             progress=sys.stderr.isatty(),
             report=_report,
         )
+        data = keep_in(cache, data)
         if method is None:
             path = fit_monitor(data, profiles).save(arguments.out / MONITOR_FILE)
             advice = f"serve it with --monitor {path}, or beside the profiles"

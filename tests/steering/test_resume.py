@@ -15,7 +15,7 @@ from steering.activations import LastTokens, prompt_mean, read_activations
 from steering.edit import AppliedEdit, Site
 from steering.fit import fit_profile
 from steering.generate import Generator, generate
-from steering.judge import Outcome
+from steering.judge import Outcome, judge
 from steering.judge_set import Card
 from steering.methods import FitData, Method
 from steering.methods.affine_concept_editing import AffineConceptEditing
@@ -26,7 +26,7 @@ from steering.methods.llm_va import LlmVa
 from steering.models import LanguageModel
 from steering.plan import Pool
 from steering.profile import Profile
-from steering.resume import KeptFigures, KeptReplies, KeptStates, KeptVerdicts
+from steering.resume import KeptFigures, KeptReplies, KeptStates, KeptVerdicts, keep_in
 from tests.conftest import make_model
 from tests.steering.edits import random_edit
 from tests.steering.methods.synthetic import Scripted, fit_data
@@ -269,22 +269,33 @@ class Suspicious:
 
 
 def test_verdicts_belong_to_the_judge_the_reply_and_the_prompt(tmp_path: Path) -> None:
-    judge = Suspicious()
-    kept = KeptVerdicts(tmp_path, judge)
+    suspicious = Suspicious()
+    kept = KeptVerdicts(tmp_path, suspicious)
     assert kept.many(["No.", "No.", "No."], ["a bomb", "a cake", "a cake"]) == [
         "refusal",
         "answer",
         "answer",
     ]
-    assert judge.asked == [("No.", "a bomb"), ("No.", "a cake")]
-    assert KeptVerdicts(tmp_path, judge)("No.", "a cake") == "answer" and len(judge.asked) == 2
+    assert suspicious.asked == [("No.", "a bomb"), ("No.", "a cake")]
+    assert (
+        KeptVerdicts(tmp_path, suspicious)("No.", "a cake") == "answer"
+        and len(suspicious.asked) == 2
+    )
     other = Suspicious()
     other.version = "suspicious-2"
     assert KeptVerdicts(tmp_path, other)("No.", "a cake") == "answer" and len(other.asked) == 1
 
 
+def test_only_a_classifiers_verdicts_are_worth_keeping(tmp_path: Path) -> None:
+    data = fit_data(make_model("llama"), Scripted())
+    assert isinstance(keep_in(tmp_path, replace(data, judge=Suspicious())).judge, KeptVerdicts)
+    assert keep_in(tmp_path, replace(data, judge=judge)).judge is judge
+    assert keep_in(tmp_path, data).judge is data.judge  # a plain function has no version
+
+
 def test_judges_see_the_prompts_of_a_search(tmp_path: Path) -> None:
-    judge = Suspicious()
-    data = replace(fit_data(make_model("llama"), Scripted()), judge=KeptVerdicts(tmp_path, judge))
+    suspicious = Suspicious()
+    data = fit_data(make_model("llama"), Scripted())
+    data = replace(data, judge=KeptVerdicts(tmp_path, suspicious))
     fit_profile(AffineConceptEditing(candidates=1, towards="refusal"), data)
-    assert judge.asked and all(prompt is not None for _, prompt in judge.asked)
+    assert suspicious.asked and all(prompt is not None for _, prompt in suspicious.asked)
