@@ -95,6 +95,8 @@ def fit_profile(
         name: the profile's; the method's name with dashes if None.
         summary: the card's sentence; the method's own if None.
     """
+    for prompts in (data.fit, data.selection):
+        data.encode(prompts.prompts)  # what cannot be read should not show after hours
     repeated = overlaps(data)
     before, started = dict(data.clock.seconds), data.clock.now()
     fitted = method.fit(data)

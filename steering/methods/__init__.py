@@ -86,8 +86,20 @@ class FitData:
     clock: Clock = field(default_factory=Clock)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt as a chat request makes them."""
-        return [self.lm.encode_prompt(prompt.text) for prompt in prompts]
+        """Token ids of each prompt as a chat request makes them.
+
+        Raises ValueError for one that leaves no room for its reply.
+        """
+        room = self.lm.context_length - self.reply_tokens
+        encoded = [self.lm.encode_prompt(prompt.text) for prompt in prompts]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) > room:
+                raise ValueError(
+                    f"the prompt {prompt.text[:40]!r}... has {len(ids)} tokens, and with "
+                    f"{self.reply_tokens} of reply the model takes {self.lm.context_length}: leave "
+                    "it out, or judge shorter replies"
+                )
+        return encoded
 
     def replies(
         self, prompts: Sequence[Prompt], edits: Sequence[AppliedEdit] = ()

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from steering.contrast import CONTRASTS, Contrast, contrast_sides, mean_differences
+from steering.contrast import CONTRASTS, Contrast, check_apart, contrast_sides, mean_differences
 from steering.edit import Edit, Phase, Site
 from steering.hyper_parameters import check_hyper_parameters
 from steering.methods import FitData, Fitted
@@ -91,6 +91,7 @@ class ActivationAddition:
             sides = contrast_sides(data, contrast, self.prompts_per_kind)
             counts[contrast] = {"refused": len(sides.refused), "answered": len(sides.answered)}
             for site, found in mean_differences(data, sides, sites).items():
+                check_apart(found, site)
                 directions[contrast, site] = sign * found
         options = [
             Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,9 @@ def test_a_fit_that_could_not_be_saved_does_not_begin(
         (("--name", "Up/and/away"), "is not a profile name"),
         (("--threads", 0), "--threads is at least 1"),
         (("--seed", -1), "--seed is at least 0"),
+        (("--prompts", prompts[1]), "give the label, .* Flags for it: --harmful, --harmless"),
     ):
-        assert message in fails(capsys, *fit, tmp_path / "out", *flags)
+        assert re.search(message, fails(capsys, *fit, tmp_path / "out", *flags))
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert "cannot be written to" in fails(capsys, *fit, out)

@@ -53,7 +53,9 @@ def test_a_contrast_takes_no_more_prompts_of_a_kind_than_it_is_told() -> None:
 
 def test_an_empty_side_is_an_error_that_names_the_way_out() -> None:
     never_refuses = fit_data(make_model("llama"), Scripted(raw=always_answers), per_kind=4)
-    with pytest.raises(ValueError, match=r"that the model refuses.*use contrast=labels"):
+    with pytest.raises(
+        ValueError, match=r"that the model refuses.*add some, or use another contrast"
+    ):
         contrast_sides(never_refuses, "filtered", 4)
     found = data(4)
     one_label = FitData(found.lm, PromptSet(tuple(found.fit.benign)), found.selection)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from steering.fit import fit_profile, make_method
@@ -115,3 +117,14 @@ def test_what_is_wrong_with_a_setting_shows_before_anything_is_computed(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_method(name, settings)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_reply_is_named_at_once(
+    tiny_llama: LanguageModel,
+) -> None:
+    generator = Scripted()
+    data = fit_data(tiny_llama, generator)
+    long = Prompt("tell me " + "more " * 100, True)
+    with pytest.raises(ValueError, match=r"'tell me more .*tokens, and with 12 of reply .* 256"):
+        fit_profile(AlphaSteer(), replace(data, selection=PromptSet((long,))))
+    assert not generator.calls
