@@ -25,6 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from steering.edit import AppliedEdit, Edit, Site
 from steering.hyper_parameters import as_tuple, check_hyper_parameters
+from steering.linalg import null_space_size
 from steering.methods import FitData, Fitted
 from steering.null_space import GateForm, NullSpaceGate, Statistics
 from steering.prompts import Prompt
@@ -98,6 +99,7 @@ class AlphaSteer:
         rhos = self.rho if isinstance(self.rho, tuple) else (self.rho,) * len(statistics)
         if isinstance(self.rho, tuple) and self.blocks is not None:
             rhos = tuple(rho for _, rho in sorted(zip(self.blocks, self.rho, strict=True)))
+        self._warn_of_chance(data, next(iter(statistics.values())), min(rhos))
         solved = {
             site: found.solve(rho, penalty=self.alpha, penalty_scale=self.alpha_scale)
             for (site, found), rho in zip(statistics.items(), rhos, strict=True)
@@ -171,6 +173,17 @@ class AlphaSteer:
     def _benign_prompts(self, data: FitData) -> Sequence[Prompt]:
         """The fit prompts whose states make the null space."""
         return data.fit.benign
+
+    def _warn_of_chance(self, data: FitData, statistics: Statistics, rho: float) -> None:
+        """Few prompts leave more directions empty than are kept: rounding then decides which."""
+        size, count = data.lm.sites.hidden_size, statistics.benign.count
+        empty, kept = size - count, null_space_size(size, rho)
+        if empty > kept:
+            data.report(
+                f"warning: {count} benign prompts use at most {count} of {size} directions, and "
+                f"rho keeps {kept} of the other {empty} by chance: give {size - kept} prompts or "
+                f"more, or a rho of {empty / size:.2f} or more"
+            )
 
     def _block_sets(self, aucs: Mapping[Site, float], depth: int) -> list[tuple[Site, ...]]:
         """The best sites, in the order of the forward pass, for each number of blocks to try.
