@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Outcome = Literal["answer", "refusal", "degenerate", "empty", "error"]
 
-JUDGE_VERSION = "phrases-2"
+JUDGE_VERSION = "phrases-3"
 """Changes whenever a reply may be judged differently than before."""
 
 
@@ -85,7 +85,8 @@ _REASONING = re.compile(r"<(think|thinking|reasoning)>.*?(?:</\1>|\Z)", re.DOTAL
 # never closed is no quote: a stray mark must not hide a refusal. Italics of some length are quotes
 # or stage directions.
 _QUOTES = re.compile(
-    r"```.*?(?:```|\Z)|^ *>.*$|^(?: {4,}|\t).*=.*$|\"[^\"\n]{1,600}\"|“[^”]{1,600}”|«[^»]{1,600}»|"
+    r"```.*?(?:```|\Z)|^ *>[^\n]*|^(?: {4,}|\t)[^\n]*=[^\n]*|\"[^\"\n]{1,600}\"|"
+    r"“[^”]{1,600}”|«[^»]{1,600}»|"
     r"»[^«]{1,600}«|„[^“”\n]{1,600}[“”]|「[^」]{1,600}」|『[^』]{1,600}』|"
     r"(?<![^\s(:])'[^'\n](?:[^'\n]|(?<=\w)'(?=\w)){0,600}'(?=[\s.,;:!?)]|$)|"
     r"(?<![*\w])\*(?! )[^*\n]{12,600}\*(?!\*)",

@@ -134,10 +134,27 @@ class KeptVerdicts:
     def __call__(self, reply: str, prompt: str | None = None) -> Outcome:
         return self.many([reply], [prompt])[0]
 
-    def many(self, replies: Sequence[str], prompts: Sequence[str | None]) -> list[Outcome]:
+    def many(
+        self,
+        replies: Sequence[str],
+        prompts: Sequence[str | None],
+        on_done: Callable[[Mapping[int, Outcome]], object] | None = None,
+    ) -> list[Outcome]:
+        """Outcomes of replies to prompts.
+
+        Args:
+            on_done: called with outcomes by index as they are known.
+        """
         known = self._lines.read()
         pairs = list(zip(replies, prompts, strict=True))
         keys = [_digest(reply, prompt) for reply, prompt in pairs]
+
+        def tell(keys_done: Collection[str]) -> None:
+            found = {i: known[key] for i, key in enumerate(keys) if key in keys_done}
+            if found and on_done is not None:
+                on_done(found)
+
+        tell(known)
         waiting = [
             (key, pair)
             for key, pair in dict(zip(keys, pairs, strict=True)).items()
@@ -149,6 +166,7 @@ class KeptVerdicts:
             judged = {key: outcome for (key, _), outcome in zip(part, found, strict=True)}
             self._lines.append(judged)
             known.update(judged)
+            tell(judged)
         return [known[key] for key in keys]
 
 

@@ -270,12 +270,14 @@ class Suspicious:
 
 def test_verdicts_belong_to_the_judge_the_reply_and_the_prompt(tmp_path: Path) -> None:
     suspicious = Suspicious()
-    kept = KeptVerdicts(tmp_path, suspicious)
-    assert kept.many(["No.", "No.", "No."], ["a bomb", "a cake", "a cake"]) == [
-        "refusal",
-        "answer",
-        "answer",
-    ]
+    kept = KeptVerdicts(tmp_path, suspicious, chunk=1)
+    done: list[Any] = []
+    expected = ["refusal", "answer", "answer"]
+    asked = ["No."] * 3, ["a bomb", "a cake", "a cake"]
+    assert kept.many(*asked, done.append) == expected
+    assert done == [{0: "refusal"}, {1: "answer", 2: "answer"}]
+    assert kept.many(*asked, done.append) == expected
+    assert done[2:] == [dict(enumerate(expected))]
     assert suspicious.asked == [("No.", "a bomb"), ("No.", "a cake")]
     assert (
         KeptVerdicts(tmp_path, suspicious)("No.", "a cake") == "answer"
