@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
+from steering.clock import peak_memory
 from steering.hyper_parameters import check_finite
 from steering.judge import version_of
 from steering.methods import FitData, Method, discover
@@ -89,7 +91,7 @@ def fit_profile(
 ) -> Profile:
     """Fit and bind to the base model; provenance says how it was made.
 
-    Reports prompts that occur twice, and where the seconds went.
+    Reports prompts that occur twice, where the seconds went, and the process's peak memory.
 
     Args:
         name: the profile's; the method's name with dashes if None.
@@ -104,7 +106,12 @@ def fit_profile(
     phases = ("collecting", "generating", "selecting")
     seconds = {p: data.clock.seconds[p] - before.get(p, 0.0) for p in phases}
     seconds["solving"] = total - sum(seconds.values())  # everything else
-    data.report(f"{method.name}: " + ", ".join(f"{v:.1f} s {p}" for p, v in seconds.items()))
+    figures = [f"{value:.1f} s {phase}" for phase, value in seconds.items()]
+    if (peak := peak_memory()) is not None:
+        figures.append(f"peak memory {peak:.0f} MiB")
+    if data.lm.device.type == "cuda":
+        figures.append(f"{torch.cuda.max_memory_allocated(data.lm.device) / 2**20:.0f} MiB of GPU")
+    data.report(f"{method.name}: {', '.join(figures)}")
     return Profile(
         name=name or method.name.replace("_", "-"),
         method=method.name,

@@ -7,6 +7,7 @@ and fits of other methods on the same prompts share them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -109,10 +110,18 @@ def run(arguments: argparse.Namespace) -> int:
             path = made.save(arguments.out / f"{made.name}.safetensors")
             advice = f"serve it with `pilothouse serve --model {arguments.model} --profile {path}`"
     if cache.is_dir():
-        size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-        _report(f"{cache} holds {size / 2**20:.1f} MiB for further fits; delete it at will")
+        _report(f"{cache} holds {_size(cache) / 2**20:.1f} MiB for further fits; delete it at will")
     print(f"{path}: {advice}")
     return 0
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in it, as far as they stay: other fits may be at work there."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def _report(line: str) -> None:

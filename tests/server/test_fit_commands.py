@@ -63,7 +63,8 @@ def test_a_fit_runs_on_the_engine_and_a_second_one_repeats_nothing(
 ) -> None:
     fit = ("fit", "optimal_transport", "--model", model_path, *prompts, *OT, "--reply-tokens", 4)
     _, first = succeeds(capsys, *fit, "--out", tmp_path / "out")
-    assert "s collecting" in first and "s selecting" in first and "resuming" not in first
+    assert "s collecting" in first and "s selecting" in first and "peak memory" in first
+    assert "resuming" not in first
     file = tmp_path / "out" / "optimal-transport.safetensors"
     profile = Profile.load(file)
     assert set(profile.provenance["seconds"]) == {
