@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from server.engine.base import Engine
 from server.engine.local import LocalEngine
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, Settings
+from server.token_text import TokenTexts
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
@@ -58,6 +60,10 @@ class Host:
     def close(self) -> None:
         self.draining = True
         self.engine.close()
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.lm.tokenizer)
 
     @property
     def ready(self) -> bool:
