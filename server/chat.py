@@ -25,7 +25,14 @@ from server.hosting import Host
 from server.metrics import Metrics, ReplyMeter
 from server.prepare import Prepared
 from server.profiles import finite
-from server.responses import ChatCompletion, Choice, Receipt, ReplyMessage, Usage
+from server.responses import (
+    ChatCompletion,
+    Choice,
+    PromptTokensDetails,
+    Receipt,
+    ReplyMessage,
+    Usage,
+)
 from server.sse import DONE, event
 from steering.judge import Outcome
 
@@ -54,7 +61,7 @@ class Reply:
         detokenizer = Detokenizer(self.host.lm.tokenizer)
         try:
             async for token in self._tokens:
-                self._meter.token(token.scores, token.queue_seconds)
+                self._meter.token(token.scores, token.queue_seconds, token.cached_tokens)
                 if token.scores is not None:
                     self._scores = token.scores
                 # A token that ends the sequence is not part of the text, special or not.
@@ -131,7 +138,10 @@ class Reply:
     def usage(self) -> Usage:
         prompt, completion = len(self.prepared.request.prompt_ids), self._meter.tokens
         return Usage(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._meter.cached_tokens),
         )
 
     @property
