@@ -111,6 +111,7 @@ def open_host(settings: Settings) -> Host:
         max_waiting=settings.max_waiting,
         prefill_chunk=settings.prefill_chunk,
         max_unsplit_prompt=settings.max_unsplit_prompt,
+        prefix_cache_mib=settings.prefix_cache_mib,
         monitor=monitor,
     )
     if settings.fold is None:

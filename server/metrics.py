@@ -58,6 +58,9 @@ class Metrics:
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.", "profile")
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", "profile")
+        self.cache_hits = self._counter(
+            "cache_hits", "Prompts whose beginning came from the prefix cache.", "profile"
+        )
         self.queue_time = self._histogram(
             "queue_time_seconds", "Time from submission to admission.", FIRST_TOKEN
         )
@@ -160,6 +163,7 @@ class Metrics:
                 self.prompt_tokens, self.completion_tokens, self.time_to_first_token,
                 self.inter_token_latency, self.request_duration, self.refusal_score,
                 self.answer_probe, self.benign_probe, self.edit_norm, self.gate_value,
+                self.cache_hits,
             ):  # fmt: skip
                 metric.labels(profile)
 
@@ -199,8 +203,14 @@ class ReplyMeter:
         self._gaps = metrics.inter_token_latency.labels(profile)
         self._ended = False
         self.tokens = 0
+        self.cached_tokens = 0
 
-    def token(self, scores: PromptScores | None, queue_seconds: float | None) -> None:
+    def token(
+        self,
+        scores: PromptScores | None,
+        queue_seconds: float | None,
+        cached_tokens: int | None = None,
+    ) -> None:
         """A token came; the first one brings scores."""
         now = time.perf_counter()
         self.tokens += 1
@@ -211,6 +221,9 @@ class ReplyMeter:
         self._last = now
         if queue_seconds is not None:
             self._metrics.queue_time.observe(queue_seconds)
+        if cached_tokens:
+            self.cached_tokens = cached_tokens
+            self._metrics.cache_hits.labels(self._profile).inc()
         if scores is not None:
             self._observe(scores)
 

@@ -27,7 +27,7 @@ from server.hosting import Host
 from server.metrics import Metrics, ReplyMeter
 from server.prepare import Prepared
 from server.profiles import finite
-from server.responses import ChoiceReceipt, Receipt, Usage
+from server.responses import ChoiceReceipt, PromptTokensDetails, Receipt, Usage
 from server.stops import StopStrings
 from steering.judge import Outcome
 
@@ -127,7 +127,7 @@ class Reply:
             async for token in self._stream:
                 # The choices of one prompt share its scores, which count once.
                 scores = token.scores if self._first_of_prompt else None
-                self._meter.token(scores, token.queue_seconds)
+                self._meter.token(scores, token.queue_seconds, token.cached_tokens)
                 if token.scores is not None:
                     self._scores = token.scores
                 piece = text.push(token)
@@ -179,6 +179,11 @@ class Reply:
     @property
     def completion_tokens(self) -> int:
         return self._meter.tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt."""
+        return self._meter.cached_tokens
 
     @property
     def receipt(self) -> ChoiceReceipt:
@@ -300,8 +305,12 @@ class Answer:
         prompts = self.prepared.requests[:: self.prepared.body.choices]
         prompt = sum(len(request.prompt_ids) for request in prompts)
         completion = sum(reply.completion_tokens for reply in self.replies)
+        cached = sum(r.cached_tokens for r in self.replies[:: self.prepared.body.choices])
         return Usage(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
         )
 
     @property

@@ -13,10 +13,15 @@ from server.engine.base import FinishReason
 from steering.judge import Outcome
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(0, description="Read from the prefix cache, not computed again.")
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Receipt(BaseModel):

@@ -78,6 +78,11 @@ class Settings(BaseSettings):
     max_unsplit_prompt: int | None = Field(
         None, ge=1, description="longest prompt for profiles whose gate reads all of it"
     )
+    prefix_cache_mib: int = Field(
+        256,
+        ge=0,
+        description="MiB for what prompts that begin alike share; 0 switches it off",
+    )
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
     )

@@ -22,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steering.edit import AppliedEdit, Edit, Phase, Site, effective_edits
+from steering.edit import AppliedEdit, Edit, Phase, Site, edits_digest, effective_edits
 from steering.models import ModelSites
 
 _PHASES: tuple[Phase, ...] = ("prompt", "generation", "all")
@@ -48,6 +49,11 @@ class RowEdits:
         self.prompt_length = prompt_length
         self.latched: dict[int, Tensor] = {}
         """Gate values by index into `edits`, each a scalar, for gates that are not per token."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Cached keys and values of this row are valid for it only; see `edits_digest`."""
+        return edits_digest(self.edits)
 
     @property
     def needs_whole_prompt(self) -> bool:

@@ -92,7 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     names = ("model", "revision", "device", "dtype", "threads", "max_num_seqs")
     settings = {name: getattr(arguments, name) for name in (*names, "allow_derived_base")}
-    host = open_host(load_settings({**settings, "profile": arguments.profile}))
+    # What came before must not round a reply differently.
+    settings |= {"profile": arguments.profile, "prefix_cache_mib": 0}
+    host = open_host(load_settings(settings))
     job = _evaluation(arguments, host, sets, strengths)
     results = evaluate(job, arguments.out, _answerer(host))
     print("\n".join(render(results)))

@@ -159,6 +159,7 @@ class EngineToken:
         finish_reason: set on the last token only.
         scores: on the first token only.
         queue_seconds: on the first token only, time from submission to admission.
+        cached_tokens: on the first token only, prompt tokens that were not computed again.
     """
 
     token_id: int
@@ -167,6 +168,7 @@ class EngineToken:
     finish_reason: FinishReason | None = None
     scores: PromptScores | None = None
     queue_seconds: float | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 One thread owns model, hooks and cache, and runs the `Scheduler`'s steps. This file is what other
 threads see of it: admission, the queue, starting and stopping.
 
-Not covered: prefix caching, several devices (see `server.engine.vllm`).
+Not covered: several devices (see `server.engine.vllm`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from server.engine.base import (
 )
 from server.engine.cache import SlotCache, available_memory, check_memory, layer_shapes
 from server.engine.masks import MaskBuilder
+from server.engine.prefix import blocks_within
 from server.engine.rows import Waiting
 from server.engine.runner import Runner
 from server.engine.sampling import check_sampling
@@ -57,6 +58,7 @@ class LocalEngine:
         max_prefill_tokens: columns of one prefill call, all rows together, padding included. What
             bounds how long a step can keep decoding rows waiting.
         max_unsplit_prompt: longest prompt for edits that need it whole (gates over the prompt).
+        prefix_cache_mib: memory for keys and values that outlive their requests; 0 keeps none.
         monitor: what to read of every prompt; without one, scores are None.
         steering: hooks to share; by default the engine has its own and removes them on close.
 
@@ -73,6 +75,7 @@ class LocalEngine:
         prefill_chunk: int = 256,
         max_prefill_tokens: int | None = None,
         max_unsplit_prompt: int | None = None,
+        prefix_cache_mib: int = 0,
         monitor: Monitor | None = None,
         steering: Steering | None = None,
     ) -> None:
@@ -84,6 +87,8 @@ class LocalEngine:
             )
         if min(max_num_seqs, prefill_chunk) < 1 or max_waiting < 0:
             raise ValueError("--max-num-seqs and --prefill-chunk must be at least 1")
+        if prefix_cache_mib < 0:
+            raise ValueError("--prefix-cache-mib must be at least 0, which switches it off")
         MaskBuilder(lm.model)  # refuses what it has no mask for
         self.lm = lm
         self.monitor = monitor
@@ -92,6 +97,7 @@ class LocalEngine:
         self.prefill_chunk = prefill_chunk
         self.max_prefill_tokens = max_prefill_tokens or 4 * prefill_chunk
         self.max_unsplit_prompt = max_unsplit_prompt or min(self._max_model_len, 2048)
+        self.prefix_cache_mib = prefix_cache_mib
         self._steering = steering or Steering(lm.sites)
         self._owns_steering = steering is None
         self._vocabulary = lm.model.get_input_embeddings().num_embeddings
@@ -124,7 +130,10 @@ class LocalEngine:
             raise RuntimeError("the engine was started already")
         shapes = layer_shapes(self.lm.model)
         available = available_memory(self.lm.device)
-        check_memory(shapes, self.max_num_seqs, self._max_model_len, available)
+        prefixes = blocks_within(shapes, self.prefix_cache_mib)
+        check_memory(
+            shapes, self.max_num_seqs, self._max_model_len, available, self.prefix_cache_mib
+        )
         cache = SlotCache(shapes, self.max_num_seqs, self._max_model_len)
         check_batching(
             Runner(self.lm, self._steering, cache), self.max_num_seqs, self._max_model_len
@@ -138,6 +147,7 @@ class LocalEngine:
             chunk=self.prefill_chunk,
             budget=self.max_prefill_tokens,
             monitor=self.monitor,
+            prefixes=prefixes,
         )
         if self.monitor is not None:
             self._steering.attach(self.monitor.sites)

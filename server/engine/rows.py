@@ -45,6 +45,7 @@ class Row:
         """Tokens of this row whose keys and values are in the slot."""
         self.generated = 0
         self.last_token = -1
+        self.reply: list[int] = []
         self.generator: torch.Generator | None = make_generator(request.sampling)
         self.processor: Processor | None = make_processor(request)
         self.edits = RowEdits(request.edits, len(request.prompt_ids))
@@ -59,6 +60,8 @@ class Row:
             self.benign_probe = monitor.benign_probe_for(request.edits)
             if self.benign_probe is None and monitor.benign:
                 self.benign_probe, self.probing = monitor.benign_probe, True
+        self.cached_tokens = 0
+        """Of the prompt, as asked, taken from the prefix cache."""
         self.asked = self.edits
         if self.probing:
             self.edits = RowEdits((), self.prompt_length)
@@ -75,6 +78,20 @@ class Row:
     def begin_asked_pass(self) -> None:
         """Read the prompt once more, with the edits that were asked for."""
         self.edits, self.position, self.probing = self.asked, 0, False
+        self.cached_tokens = 0
+
+    @property
+    def reusable(self) -> Sequence[int]:
+        """The tokens whose keys and values in the slot other prompts that begin so would get too.
+
+        None where a gate is read over the whole prompt, since it changes what lies before; and
+        none of the reply where an edit knows phases, since there they would be a prompt's.
+        """
+        if self.edits.needs_whole_prompt:
+            return ()
+        if any(applied.edit.phase != "all" for applied in self.edits.edits):
+            return self.request.prompt_ids[: self.position]
+        return (*self.request.prompt_ids, *self.reply)[: self.position]
 
     @property
     def probes(self) -> list[Probe]:
@@ -104,6 +121,7 @@ class Row:
         """Take in the token that was chosen; why the row cannot go on, if it cannot."""
         self.generated += 1
         self.last_token = token_id
+        self.reply.append(token_id)
         if self.processor is not None:
             try:
                 self.processor.record(token_id)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.engine.base import EngineToken, PromptScores, StepFailedError
 from server.engine.cache import SlotCache
+from server.engine.prefix import PrefixCache
 from server.engine.rows import Row, Waiting
 from server.engine.runner import Runner
 from server.engine.sampling import sample
@@ -33,6 +34,7 @@ class Scheduler:
     Args:
         chunk: prompt tokens of a row per step.
         budget: columns of one prefill call, all rows and padding included.
+        prefixes: blocks of the prefix cache.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Scheduler:
         chunk: int,
         budget: int,
         monitor: Monitor | None,
+        prefixes: int = 0,
     ) -> None:
         self.slots = SlotTable(cache, slots)
+        self.prefixes = PrefixCache(cache, prefixes)
         self.runner = Runner(lm, steering, cache)
         self.steering = steering
         self.cache = cache
@@ -85,6 +89,8 @@ class Scheduler:
 
     def step(self) -> None:
         """One prefill call and one decode call, where there are rows for them."""
+        for row in list(self.slots.prefilling):
+            self._attempt(self._resume, [row])
         if group := self.slots.next_group(self.chunk, self.budget):
             self._attempt(self._prefill, group)
         if self.slots.decoding:
@@ -128,8 +134,6 @@ class Scheduler:
         for i, row in enumerate(rows):
             if ends[i]:
                 row.read_benign(step, i)
-            if ends[i] and row.probing:
-                row.begin_asked_pass()
         first = [rows[i] for i in done]
         if first:
             logits = logits[done]
@@ -139,9 +143,28 @@ class Scheduler:
             scores = [rows[i].scores(step, i, s) for i, s in zip(done, refusal, strict=True)]
             for row in self._choose(first, logits, scores):
                 self.slots.join(row)
-        for row in rows:
+            self.courier.deliver()  # before what the first token need not wait for
+        for row, end in zip(rows, ends, strict=True):
+            if self.slots.owners[row.slot] is row:
+                self._keep(row)
             if row in self.slots.prefilling:
+                if end:  # of the unedited pass, or it would decode by now
+                    row.begin_asked_pass()
                 self.slots.yield_turn(row)
+
+    def _resume(self, rows: list[Row]) -> None:
+        """Take over what is known of these rows' prompts, all but the last token: its logits and
+        states are wanted. In every step, since rows that began before may have brought more."""
+        for row in rows:
+            if row.edits.needs_whole_prompt:
+                continue
+            before, prompt = row.position, row.request.prompt_ids[:-1]
+            row.position = self.prefixes.load(row.edits.digest, prompt, row.slot, before)
+            row.cached_tokens += row.position - before
+
+    def _keep(self, row: Row) -> None:
+        """Leave to later prompts what they may use of a row's keys and values."""
+        self.prefixes.save(row.edits.digest, row.reusable, row.slot)
 
     def _decode(self, rows: list[Row]) -> None:
         """One more token for every row that has read its prompt."""
@@ -178,9 +201,11 @@ class Scheduler:
                     finish_reason="stop" if ended else "length" if full else None,
                     scores=scores[i],
                     queue_seconds=row.queue_seconds if row.generated == 1 else None,
+                    cached_tokens=row.cached_tokens if row.generated == 1 else None,
                 ),
             )
             if ended or full:
+                self._keep(row)
                 self.slots.release(row)
             else:
                 going.append(row)
