@@ -11,6 +11,7 @@ from server.engine.base import EngineRequest, Sampling
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from server.hosting import Host
 from server.protocol import ChatRequest
+from server.templating import asked_kwargs, reading
 from steering.edit import AppliedEdit
 from steering.profile import Profile
 
@@ -22,13 +23,18 @@ CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was understood: who answers, and what the engine is asked."""
+    """A request that was understood: who answers, and what the engine is asked.
+
+    Args:
+        out_of_template: the prompt is of another form than the monitor was fitted on.
+    """
 
     body: ChatRequest
     profile: Profile
     strength: float
     request: EngineRequest
     ignored: tuple[str, ...]
+    out_of_template: bool = False
 
 
 async def prepare(host: Host, body: ChatRequest) -> Prepared:
@@ -38,18 +44,24 @@ async def prepare(host: Host, body: ChatRequest) -> Prepared:
         raise UnavailableError("The server cannot take requests now.", headers={"Retry-After": "5"})
     profile, strength, edits = choose_edits(host, body)
     prompt = await render_prompt(host, body)
+    readable = reading(host, body, prompt)
+    probes = readable.probes and host.monitor_read != "off"
     request = EngineRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         prompt_ids=tuple(prompt),
         sampling=_sampling(body, len(prompt), host.engine.max_model_len),
         edits=edits,
-        answer_probe=_answer_probe(profile, strength),
+        answer_probe=_answer_probe(profile, strength) if probes else None,
+        benign_read=host.monitor_read if probes else "off",
+        refusal_score=readable.refusal_score,
     )
     try:
         host.engine.check(request)
     except ValueError as error:
         raise InvalidRequestError(_one_line(error)) from error
-    return Prepared(body, profile, strength, request, tuple(ignored))
+    return Prepared(
+        body, profile, strength, request, tuple(ignored), out_of_template=not readable.probes
+    )
 
 
 def choose_edits(host: Host, body: ChatRequest) -> tuple[Profile, float, tuple[AppliedEdit, ...]]:
@@ -86,9 +98,10 @@ async def render_prompt(host: Host, body: ChatRequest) -> list[int]:
         raise InvalidRequestError(
             "The messages hold half of a surrogate pair, which is no text.", param="messages"
         )
+    kwargs = asked_kwargs(host, body)
     try:
         # Templates and tokenisers take their time; other requests' tokens must not wait for it.
-        return await asyncio.to_thread(host.lm.encode_chat, messages)
+        return await asyncio.to_thread(host.lm.encode_chat, messages, **kwargs)
     except ValueError as error:
         raise InvalidRequestError(_one_line(error), param="messages") from error
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from server.errors import InvalidRequestError
+from server.validation import TemplateValue
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
 # for nothing. Null asks for nothing everywhere.
@@ -50,7 +51,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
@@ -180,6 +180,12 @@ class ChatRequest(_Strict):
     )
     stream: bool | None = Field(None, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
+    chat_template_kwargs: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], TemplateValue | None], Field(max_length=16)
+        ]
+        | None
+    ) = Field(None, description="Passed to the model's chat template, as `enable_thinking`.")
     user: str | None = Field(None, description="Identifies the end user.")
     safety_identifier: Annotated[str, Field(max_length=128)] | None = Field(
         None, description="Identifies the end user; the newer name of `user`."

@@ -13,6 +13,9 @@ from typing import Literal, Protocol
 from steering.edit import AppliedEdit
 
 FinishReason = Literal["stop", "length"]
+MonitorRead = Literal["always", "when-free", "off"]
+"""When the benign probe is read: at the price of a second pass over the prompt where need be, only
+where that costs no pass, or never."""
 
 
 class EngineError(Exception):
@@ -62,6 +65,8 @@ class EngineRequest:
         prompt_ids: token ids of the rendered prompt, at least one.
         answer_probe: key of the monitor's answer probe to read: a profile's fingerprint, `""` for
             raw; None to read none.
+        benign_read: whether to read the monitor's benign probe.
+        refusal_score: whether the first token generated is a reply's, so that it has one.
     """
 
     request_id: str
@@ -69,6 +74,8 @@ class EngineRequest:
     sampling: Sampling = field(default_factory=Sampling)
     edits: tuple[AppliedEdit, ...] = ()
     answer_probe: str | None = None
+    benign_read: MonitorRead = "always"
+    refusal_score: bool = True
 
 
 @dataclass(frozen=True)
