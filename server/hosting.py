@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import steering
-from server.engine.base import Engine
+from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, Settings
@@ -24,6 +24,7 @@ from steering.monitor import Monitor, PromptClass
 from steering.plan import sites_of
 from steering.profile import Profile
 from steering.selftest import self_test
+from steering.template import TemplateForm, check_kwargs, form_of, prompt_ending, with_form
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Host:
     Args:
         judge: outcome of a reply's text; called off the event loop.
         monitor: says what class a prompt's benign probability means.
+        monitor_read: when its probes are read.
         max_body_bytes: longer request bodies are refused unread.
     """
 
@@ -46,6 +48,7 @@ class Host:
     profiles: ProfileStore
     judge: Callable[[str], Outcome] = judge
     monitor: Monitor | None = None
+    monitor_read: MonitorRead = "always"
     max_body_bytes: int = MAX_BODY_BYTES
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
@@ -69,6 +72,13 @@ class Host:
     def ready(self) -> bool:
         """True while new requests are welcome."""
         return not self.draining and self.engine.healthy()
+
+    @cached_property
+    def prompt_ending(self) -> tuple[int, ...]:
+        """Token ids that all prompts end with which the monitor was fitted on."""
+        return (
+            () if self.monitor is None else prompt_ending(with_form(self.lm, self.monitor.template))
+        )
 
     def prompt_class(self, benign_probability: float | None) -> PromptClass:
         if self.monitor is None or benign_probability is None:
@@ -97,6 +107,7 @@ def open_host(settings: Settings) -> Host:
         allow_derived=settings.allow_derived_base,
     )
     monitor = _load_monitor(settings, lm, paths)
+    _warn_of_other_forms(lm, store, monitor)
     for profile in store:
         self_test(lm, profile)
         logger.info("profile %s passed its self-test", profile.name)
@@ -116,7 +127,14 @@ def open_host(settings: Settings) -> Host:
     )
     if settings.fold is None:
         engine.attach(sites_of(edit for profile in store for edit in profile.edits))
-    return Host(engine, lm, store, monitor=monitor, max_body_bytes=settings.max_body_bytes)
+    return Host(
+        engine,
+        lm,
+        store,
+        monitor=monitor,
+        monitor_read=settings.monitor_read,
+        max_body_bytes=settings.max_body_bytes,
+    )
 
 
 def _check_answers(lm: LanguageModel) -> None:
@@ -156,11 +174,17 @@ def _load(settings: Settings) -> LanguageModel:
                 "with --model"
             )
     logger.info("loading %s on %s", name, device)
-    return load_model(
+    lm = load_model(
         name,
         device=device,
         dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         revision=settings.revision,
+    )
+    check_kwargs(lm, settings.chat_template_kwargs)
+    return replace(
+        lm,
+        template_kwargs={**lm.template_kwargs, **settings.chat_template_kwargs},
+        template_date=None,  # clients want today's
     )
 
 
@@ -178,6 +202,24 @@ def _load_monitor(settings: Settings, lm: LanguageModel, paths: list[Path]) -> M
         logger.warning("the monitor %s was fitted on other weights: scores are off", path)
         return None
     return monitor
+
+
+def _warn_of_other_forms(lm: LanguageModel, store: ProfileStore, monitor: Monitor | None) -> None:
+    """Say what was fitted on prompts of another form than a plain request's."""
+    plain = [{"role": "user", "content": ""}]
+    forms = {
+        f"profile {profile.name}": TemplateForm.from_json(profile.provenance)
+        for profile in store
+        if profile.edits
+    }
+    if monitor is not None:
+        forms["the monitor, which reads no probes of other prompts,"] = monitor.template
+    for what, form in forms.items():
+        if not form.admits(plain, lm.template_kwargs):
+            logger.warning(
+                "%s was fitted with %s; a plain request is rendered with %s",
+                what, form.to_json(), form_of(lm).to_json(),
+            )  # fmt: skip
 
 
 def _before_folded_edits(monitor: Monitor, folded: Profile) -> Monitor:

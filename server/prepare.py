@@ -17,6 +17,7 @@ from server.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
+from server.templating import WITHOUT_TEMPLATE, Reading, asked_kwargs, reading
 from steering.edit import AppliedEdit
 from steering.profile import Profile
 
@@ -34,6 +35,7 @@ class Prepared:
 
     Args:
         requests: one per choice; those of the first prompt come first.
+        out_of_template: the prompt is of another form than the monitor was fitted on.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Prepared:
     strength: float
     requests: tuple[EngineRequest, ...]
     ignored: tuple[str, ...]
+    out_of_template: bool = False
 
     @property
     def request(self) -> EngineRequest:
@@ -57,8 +60,8 @@ async def prepare(host: Host, body: ChatRequest) -> Prepared:
     _check_choices(host, body, 1)
     prompt = await render_prompt(host, body)
     return _prepared(
-        host, body, "chatcmpl", chosen, [prompt], ignored, param="messages",
-        default_tokens=DEFAULT_MAX_TOKENS,
+        host, body, "chatcmpl", chosen, [prompt], ignored, reading(host, body, prompt),
+        param="messages", default_tokens=DEFAULT_MAX_TOKENS,
     )  # fmt: skip
 
 
@@ -73,8 +76,9 @@ async def prepare_completion(host: Host, body: CompletionRequest) -> Prepared:
         await tokenize_text(host, prompt, special) if isinstance(prompt, str) else prompt
         for prompt in body.prompts
     ]
+    readable = Reading() if host.monitor is None else WITHOUT_TEMPLATE
     return _prepared(
-        host, body, "cmpl", chosen, prompts, ignored, param="prompt",
+        host, body, "cmpl", chosen, prompts, ignored, readable, param="prompt",
         default_tokens=DEFAULT_COMPLETION_TOKENS,
     )  # fmt: skip
 
@@ -86,11 +90,13 @@ def _prepared(
     chosen: tuple[Profile, float, tuple[AppliedEdit, ...]],
     prompts: Sequence[Sequence[int]],
     ignored: list[str],
+    readable: Reading,
     *,
     param: str,
     default_tokens: int,
 ) -> Prepared:
     profile, strength, edits = chosen
+    probes = readable.probes and host.monitor_read != "off"
     id = f"{kind}-{uuid.uuid4().hex}"
     requests: list[EngineRequest] = []
     for prompt in prompts:
@@ -99,13 +105,17 @@ def _prepared(
             prompt_ids=tuple(prompt),
             sampling=_sampling(body, len(prompt), host.engine.max_model_len, param, default_tokens),
             edits=edits,
-            answer_probe=_answer_probe(profile, strength),
+            answer_probe=_answer_probe(profile, strength) if probes else None,
+            benign_read=host.monitor_read if probes else "off",
+            refusal_score=readable.refusal_score,
         )
         _check(host, request, param)
         requests += [_choice(request, i) for i in range(body.choices)]
     if len(requests) > 1:
         requests = [replace(r, request_id=f"{id}-{i}") for i, r in enumerate(requests)]
-    return Prepared(id, body, profile, strength, tuple(requests), tuple(ignored))
+    return Prepared(
+        id, body, profile, strength, tuple(requests), tuple(ignored), not readable.probes
+    )
 
 
 def _choice(request: EngineRequest, index: int) -> EngineRequest:
@@ -168,7 +178,7 @@ async def render_prompt(host: Host, body: ChatRequest | TokenizeRequest) -> list
     """Token ids of the conversation in the model's chat template. Raises ApiError."""
     messages = [message.rendered() for message in body.messages or ()]
     check_text(host, [message["content"] for message in messages], "messages")
-    flags = body.template_flags
+    flags = {**body.template_flags, **asked_kwargs(host, body)}
     try:
         # Templates and tokenisers take their time; other requests' tokens must not wait for it.
         return await asyncio.to_thread(lambda: host.lm.encode_chat(messages, **flags))

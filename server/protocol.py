@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
+from server.validation import TemplateValue
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
 # for nothing. Null asks for nothing everywhere.
@@ -44,7 +45,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "echo": (False,),
     "guided_choice": (),
@@ -117,6 +117,11 @@ class Message(_Strict):
         if isinstance(text, list):
             text = "\n".join(part.text for part in text)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+TemplateKwargs = Annotated[
+    dict[Annotated[str, Field(max_length=64)], TemplateValue | None], Field(max_length=16)
+]
 
 
 class StreamOptions(_Strict):
@@ -282,6 +287,9 @@ class ChatRequest(GenerationRequest):
     )
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="Passed to the model's chat template, as `enable_thinking`."
+    )
     logprobs: bool | None = Field(
         None, description="Tell each token's log-probability in the raw distribution."
     )
@@ -398,6 +406,9 @@ class TokenizeRequest(_Strict):
     model: str = Field(description="The served name, or `<served name>:<profile>`.")
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="Passed to the model's chat template, as `enable_thinking`."
+    )
     add_special_tokens: bool | None = Field(
         None, description="Of a prompt. Default: true, as in completions."
     )

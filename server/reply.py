@@ -287,6 +287,8 @@ class Answer:
         derived: dict[str, Any] = (
             {"derived_base": True} if self.host.profiles.derived_base(profile) else {}
         )
+        if self.prepared.out_of_template:
+            derived["monitor"] = "out_of_template"
         return Receipt(
             profile=profile.name,
             fingerprint=profile.fingerprint,

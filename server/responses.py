@@ -27,7 +27,8 @@ class Usage(BaseModel):
 class Receipt(BaseModel):
     """What answered, and what was read while it did. Null where nothing was read.
 
-    `derived_base: true` is added where the profile was fitted on other weights than those served.
+    `derived_base: true` is added where the profile was fitted on other weights than those served,
+    `monitor: "out_of_template"` where the prompt is of another form than the monitor was fitted on.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -21,7 +21,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from server.validation import describe
+from server.validation import TemplateValue, describe, parse_template_kwargs
 
 ENV_PREFIX = "PILOTHOUSE_"
 MAX_BODY_BYTES = 4 * 2**20
@@ -59,6 +59,16 @@ class Settings(BaseSettings):
     monitor: Path | None = Field(
         None,
         description="the model's probes; default: monitor.safetensors beside its profiles",
+    )
+    monitor_read: Literal["always", "when-free", "off"] = Field(
+        "always",
+        description="the monitor's probes: always, with a second pass over the prompt where a "
+        "profile edits before the benign probe; when-free: null there; off: none",
+    )
+    chat_template_kwargs: Annotated[dict[str, TemplateValue], NoDecode] = Field(
+        {},
+        description="JSON passed to the chat template unless a request says otherwise; a template "
+        "that knows enable_thinking gets false",
     )
     allow_derived_base: bool = Field(
         False, description="accept profiles fitted on other weights of the same model"
@@ -100,6 +110,14 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part for part in value.split(os.pathsep) if part] if type(value) is str else value
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        try:
+            return parse_template_kwargs(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"chat_template_kwargs, --chat-template-kwargs: {error}") from None
 
     @model_validator(mode="after")
     def _only_this_machine(self) -> Settings:

@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+TemplateValue = str | int | float | bool
+"""What may be passed to a chat template."""
+
 MAX_ECHOED = 200
 """Characters of what was given that a message repeats."""
 
@@ -40,3 +43,16 @@ def describe(error: Mapping[str, Any], path: str) -> str:
     if len(echoed) > MAX_ECHOED:
         echoed = echoed[:MAX_ECHOED] + "..."
     return f"{message.replace('Input', repr(path), 1)} (got {echoed})"
+
+
+def parse_template_kwargs(text: str) -> dict[str, TemplateValue]:
+    """A flag's JSON object of scalars, for a chat template. Raises ValueError for anything else."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or not all(
+        isinstance(value, TemplateValue) for value in found.values()
+    ):
+        raise ValueError(f'write a JSON object of scalars, {{"enable_thinking": true}}; got {text}')
+    return found

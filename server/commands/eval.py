@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from server.commands import template_flags
+
 if TYPE_CHECKING:
     from server.hosting import Host
     from steering.evaluate.job import Evaluation
     from steering.evaluate.responses import Question, Reply
+    from steering.models import LanguageModel
 
 SUMMARY = "compare profiles on prompts: a table, JSON, plots and an HTML page"
 
@@ -66,6 +69,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kl-prompts", type=int, default=64, help="of each label; 0: no KL (default: 64)"
     )
+    template_flags.register(parser)
     parser.add_argument("--no-plots", action="store_true", help="only the table and the JSON")
     parser.add_argument("--allow-derived-base", action="store_true", help="as `serve` does")
     parser.add_argument("--device", default="auto", help="torch device (default: auto)")
@@ -79,6 +83,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     # What can be wrong with the arguments shows before the model is loaded.
     strengths = _strengths(arguments.strengths)
+    template_flags.check(arguments)
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError("--limit is at least 1")
     sets = _prompt_sets(arguments)
@@ -96,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings |= {"profile": arguments.profile, "prefix_cache_mib": 0}
     host = open_host(load_settings(settings))
     job = _evaluation(arguments, host, sets, strengths)
-    results = evaluate(job, arguments.out, _answerer(host))
+    results = evaluate(job, arguments.out, _answerer(host, job.lm))
     print("\n".join(render(results)))
     if not arguments.no_plots:
         from steering.evaluate.page import write_page
@@ -108,15 +113,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _answerer(
-    host: Host,
+    host: Host, lm: LanguageModel
 ) -> Callable[[Sequence[Question], Callable[[int, Reply], object]], None]:
     """Answers on the host's engine, which is closed then: one thread at a time has the model."""
+    from dataclasses import replace
+
     from server.engine.batch import EngineAnswerer
+    from steering.template import TemplateForm, form_of
+
+    # Probes hold for prompts of the form that they were fitted on, whatever its date.
+    fitted = host.monitor.template if host.monitor is not None else TemplateForm()
+    probes = fitted == replace(form_of(lm), template_date=fitted.template_date)
 
     def answer(questions: Sequence[Question], on_done: Callable[[int, Reply], object]) -> None:
         host.start()
         try:
-            EngineAnswerer(host.engine)(questions, on_done)
+            EngineAnswerer(host.engine, probes=probes)(questions, on_done)
         finally:
             host.close()
 
@@ -134,7 +146,7 @@ def _evaluation(
     from steering.evaluate.job import Evaluation, Utility
     from steering.evaluate.utility import read_choices, text_passages
 
-    lm = host.lm
+    lm = template_flags.apply(host.lm, arguments)
     is_demo = arguments.model is None
     utility = Utility(kl_tokens=arguments.kl_tokens, kl_prompts=arguments.kl_prompts)
     if is_demo:

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from server.commands import prompt_flags
+from server.commands import prompt_flags, template_flags
 
 SUMMARY = "fit a method to a model and save the profile, or fit the model's monitor"
 
@@ -26,6 +26,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory or hub id of the model")
     parser.add_argument("--revision", help="revision of a model from the hub")
     prompt_flags.register(parser)
+    template_flags.register(parser)
     parser.add_argument("--out", required=True, type=Path, help="directory for the profile")
     parser.add_argument("--name", help="of the profile; default: the method's")
     parser.add_argument(
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from steering.judge import make_judge
     from steering.methods import FitData
     from steering.models import load_model
+    from steering.monitor_card import table
     from steering.monitor_fit import fit_monitor
     from steering.profile import Profile
     from steering.resume import KeptReplies, KeptStates
@@ -84,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     judge = make_judge(arguments.judge, device=arguments.device)
     lm = load_model(arguments.model, device=arguments.device, revision=arguments.revision)
+    lm = template_flags.apply(lm, arguments)
     for profile in profiles:
         profile.check_base(lm)
     cache = arguments.out / CACHE
@@ -101,7 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
             report=_report,
         )
         if method is None:
-            path = fit_monitor(data, profiles).save(arguments.out / MONITOR_FILE)
+            monitor = fit_monitor(data, profiles)
+            print("\n".join(table(monitor)))
+            path = monitor.save(arguments.out / MONITOR_FILE)
             advice = f"serve it with --monitor {path}, or beside the profiles"
         else:
             made = fit_profile(method, data, name=arguments.name)
@@ -120,6 +125,7 @@ def _report(line: str) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other."""
+    template_flags.check(arguments)
     if arguments.method == MONITOR:
         for flag, value in (("--set", arguments.set), ("--name", arguments.name)):
             if value:

@@ -20,7 +20,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     """One flag per setting."""
     for name, field in Settings.model_fields.items():
         text = (field.description or "").replace("%", "%%")
-        if field.default not in (None, False, []):
+        if field.default not in (None, False, [], {}):
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": name, "help": text, "default": argparse.SUPPRESS}
         if field.annotation is bool:

@@ -15,6 +15,9 @@ from torch import Tensor
 from steering.edit import AppliedEdit
 
 FinishReason = Literal["stop", "length"]
+MonitorRead = Literal["always", "when-free", "off"]
+"""When the benign probe is read: at the price of a second pass over the prompt where need be, only
+where that costs no pass, or never."""
 
 
 class EngineError(Exception):
@@ -116,6 +119,8 @@ class EngineRequest:
             without a name count as one client's.
         constraint: which tokens may come next. The engine works on a copy, so that requests may
             share one.
+        benign_read: whether to read the monitor's benign probe.
+        refusal_score: whether the first token generated is a reply's, so that it has one.
     """
 
     request_id: str
@@ -125,6 +130,8 @@ class EngineRequest:
     answer_probe: str | None = None
     client: str = ""
     constraint: TokenConstraint | None = None
+    benign_read: MonitorRead = "always"
+    refusal_score: bool = True
 
 
 @dataclass(frozen=True)

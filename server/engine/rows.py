@@ -31,8 +31,9 @@ class Waiting:
 class Row:
     """One request in a slot.
 
-    If a benign probe must be read from the unedited model and no probe lies before the first edit,
-    the row reads its prompt twice in its own slot: unedited (`probing`), then as asked.
+    If a benign probe must be read from the unedited model (`benign_read`) and no probe lies before
+    the first edit, the row reads its prompt twice in its own slot: unedited (`probing`), then as
+    asked.
     """
 
     def __init__(self, waiting: Waiting, monitor: Monitor | None) -> None:
@@ -57,8 +58,10 @@ class Row:
         if monitor is not None:
             if request.answer_probe is not None:
                 self.answer_probe = monitor.answer.get(request.answer_probe)
-            self.benign_probe = monitor.benign_probe_for(request.edits)
-            if self.benign_probe is None and monitor.benign:
+            read = request.benign_read
+            if read != "off":
+                self.benign_probe = monitor.benign_probe_for(request.edits)
+            if self.benign_probe is None and monitor.benign and read == "always":
                 self.benign_probe, self.probing = monitor.benign_probe, True
         self.cached_tokens = 0
         """Of the prompt, as asked, taken from the prefix cache."""
@@ -110,7 +113,7 @@ class Row:
         """Scores from the call that ended the prompt, in which this was row `i`."""
         latched = self.edits.latched
         return PromptScores(
-            refusal_score=refusal_score,
+            refusal_score=refusal_score if self.request.refusal_score else None,
             answer_probability=_probability(self.answer_probe, step, i),
             benign_probability=self.benign_probability,
             edit_norm=None if step.edit_norm is None else float(step.edit_norm[i]),

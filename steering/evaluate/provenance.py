@@ -13,6 +13,7 @@ from steering.evaluate.job import Evaluation
 from steering.fit import library_versions
 from steering.profile import Profile
 from steering.prompts import find_duplicates
+from steering.template import form_of
 
 FORMAT = 1
 """Of `results.json`."""
@@ -31,7 +32,7 @@ def provenance(job: Evaluation, arms: Sequence[Arm]) -> dict[str, Any]:
             "digest": lm.fingerprint.digest,
             "dtype": str(lm.dtype).removeprefix("torch."),
             "device": str(lm.device),
-            "template_kwargs": lm.template_kwargs,
+            **form_of(lm).to_json(),
         },
         "profiles": [_profile(profile) for profile in profiles],
         "prompts": [

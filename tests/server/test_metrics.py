@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.base import QueueFullError, StepFailedError
+from steering.template import TemplateForm
 from tests.server.fakes import FakeEngine, body, http_client, make_host
 
 
@@ -89,6 +90,8 @@ def test_the_class_of_a_prompt_is_the_monitors() -> None:
     host = make_host(judge=lambda text: "refusal")
 
     class FakeMonitor:
+        template = TemplateForm()
+
         def prompt_class(self, benign_probability: float) -> str:
             assert benign_probability == 0.8
             return "benign"
