@@ -49,6 +49,7 @@ _ERRORS = {
     429: "Too many requests wait already; `Retry-After` says when to come back.",
     500: "Something broke while this request was computed.",
     503: "The engine does not run, or the server is about to stop.",
+    504: "The answer was not ready in time (`--request-timeout`).",
 }
 _HEADERS = {
     name: {"schema": {"type": "string"}, "description": description}
@@ -134,7 +135,7 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: _streams("ChatCompletionChunk"), **errors(400, 404, 429, 503)},
+        responses={200: _streams("ChatCompletionChunk"), **errors(400, 404, 429, 503, 504)},
         tags=["chat"],
         summary="Answer a conversation under a profile",
     )
@@ -144,7 +145,7 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
     @app.post(
         "/v1/completions",
         response_model=Completion,
-        responses={200: _streams("Completion"), **errors(400, 404, 429, 503)},
+        responses={200: _streams("Completion"), **errors(400, 404, 429, 503, 504)},
         tags=["chat"],
         summary="Continue plain text under a profile",
     )

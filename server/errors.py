@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.engine.base import (
+    DeadlineExceededError,
     EngineError,
     EngineStoppedError,
     PromptTooLongError,
@@ -126,6 +127,15 @@ class UnavailableError(ApiError):
     reason = "unavailable"
 
 
+class DeadlineError(ApiError):
+    """The answer was not ready in time."""
+
+    status = 504
+    type = "server_error"
+    default_code = "deadline_exceeded"
+    reason = "deadline"
+
+
 REJECTION_REASONS = sorted(
     kind.reason
     for kind in (
@@ -136,6 +146,7 @@ REJECTION_REASONS = sorted(
         OverloadedError,
         InternalError,
         UnavailableError,
+        DeadlineError,
     )
 )
 
@@ -157,6 +168,11 @@ def from_engine(error: EngineError) -> ApiError:
         )
     if isinstance(error, EngineStoppedError):
         return UnavailableError(f"The engine cannot take requests: {error}.")
+    if isinstance(error, DeadlineExceededError):
+        return DeadlineError(
+            "The request was not answered in time (--request-timeout). Ask for fewer tokens, or "
+            "try again when the server is less busy."
+        )
     # The reason is in the log; it may hold paths and is of no use to a client.
     return InternalError("The computation of this request failed. Others are not concerned.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ class Host:
         monitor: says what class a prompt's benign probability means.
         monitor_read: when its probes are read.
         max_body_bytes: longer request bodies are refused unread.
+        request_timeout: seconds that a request may take, waiting and computing.
     """
 
     engine: Engine
@@ -50,6 +52,7 @@ class Host:
     monitor: Monitor | None = None
     monitor_read: MonitorRead = "always"
     max_body_bytes: int = MAX_BODY_BYTES
+    request_timeout: float = math.inf
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -134,6 +137,7 @@ def open_host(settings: Settings) -> Host:
         monitor=monitor,
         monitor_read=settings.monitor_read,
         max_body_bytes=settings.max_body_bytes,
+        request_timeout=settings.request_timeout,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,6 +109,7 @@ def _prepared(
             answer_probe=_answer_probe(profile, strength) if probes else None,
             benign_read=host.monitor_read if probes else "off",
             refusal_score=readable.refusal_score,
+            deadline=time.monotonic() + host.request_timeout,
         )
         _check(host, request, param)
         requests += [_choice(request, i) for i in range(body.choices)]

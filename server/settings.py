@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
     )
+    request_timeout: float = Field(
+        600.0, gt=0, description="seconds for a request, waiting and computing; then it is a 504"
+    )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="seconds for replies under way after SIGTERM; then they are ended"
     )

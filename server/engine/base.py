@@ -6,6 +6,7 @@ server knows profiles, names and text; an engine knows none of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -38,6 +39,10 @@ class EngineStoppedError(EngineError):
 
 class StepFailedError(EngineError):
     """A forward pass that held this request failed; the engine lives on."""
+
+
+class DeadlineExceededError(EngineError):
+    """The request was not done in its time. It may have been answered in part."""
 
 
 class SamplingError(ValueError):
@@ -117,6 +122,7 @@ class EngineRequest:
             raw; None to read none.
         client: who asks; requests of different clients share the engine fairly. Those of clients
             without a name count as one client's.
+        deadline: on `time.monotonic`'s clock; waiting or running, the request ends then.
         constraint: which tokens may come next. The engine works on a copy, so that requests may
             share one.
         benign_read: whether to read the monitor's benign probe.
@@ -129,6 +135,7 @@ class EngineRequest:
     edits: tuple[AppliedEdit, ...] = ()
     answer_probe: str | None = None
     client: str = ""
+    deadline: float = math.inf
     constraint: TokenConstraint | None = None
     benign_read: MonitorRead = "always"
     refusal_score: bool = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -24,11 +24,11 @@ from server.engine.base import (
     EngineStoppedError,
     EngineToken,
     PromptTooLongError,
-    QueueFullError,
 )
 from server.engine.cache import SlotCache, available_memory, check_memory, layer_shapes
 from server.engine.masks import MaskBuilder
 from server.engine.prefix import blocks_within
+from server.engine.queue import FairQueue
 from server.engine.rows import Waiting
 from server.engine.runner import Runner
 from server.engine.sampling import check_sampling
@@ -104,7 +104,7 @@ class LocalEngine:
 
         # Shared between threads, under this lock: the queue, the calls and the state.
         self._work = threading.Condition()
-        self._waiting: deque[Waiting] = deque()
+        self._waiting = FairQueue(max_waiting)
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -196,11 +196,7 @@ class LocalEngine:
         arrivals = [Waiting(request, Outbox(loop)) for request in requests]
         with self._work:
             self._check_running()
-            if len(self._waiting) + len(arrivals) > self.max_waiting:
-                self._forget_cancelled()
-            if (waiting := len(self._waiting)) + len(arrivals) > self.max_waiting:
-                raise QueueFullError(f"{waiting} of at most {self.max_waiting} requests wait")
-            self._waiting.extend(arrivals)
+            self._waiting.put(*arrivals)
             self._work.notify()
         return [TokenStream(arrival.outbox) for arrival in arrivals]
 
@@ -227,7 +223,8 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         used = scheduler.slots.used if scheduler is not None else 0
-        waiting = sum(not w.outbox.cancelled for w in list(self._waiting))
+        with self._work:
+            waiting = sum(not w.outbox.cancelled for w in self._waiting)
         return EngineStats(running=used, waiting=waiting, slots=self.max_num_seqs, slots_used=used)
 
     def healthy(self) -> bool:
@@ -246,9 +243,6 @@ class LocalEngine:
     def _check_running(self) -> None:
         if not self.healthy():
             raise EngineStoppedError("the engine is not running")
-
-    def _forget_cancelled(self) -> None:
-        self._waiting = deque(w for w in self._waiting if not w.outbox.cancelled)
 
     # The engine's thread.
 
@@ -274,7 +268,7 @@ class LocalEngine:
     def _stop_serving(self, scheduler: Scheduler) -> None:
         with self._work:
             self._dead = True
-            waiting, self._waiting = self._waiting, deque()
+            waiting = self._waiting.drain()
             calls, self._calls = self._calls, deque()
         stopped = EngineStoppedError("the engine stopped before this request was done")
         for outbox in [row.outbox for row in scheduler.slots.rows] + [w.outbox for w in waiting]:
@@ -292,17 +286,20 @@ class LocalEngine:
                 future.set_exception(error)
                 if not isinstance(error, Exception):
                     raise
-        scheduler.drop_cancelled()
+        scheduler.drop_ended()
         self._admit(scheduler)
         scheduler.step()
 
     def _admit(self, scheduler: Scheduler) -> None:
-        while self._waiting:
+        with self._work:
+            late = self._waiting.take_late()
+        scheduler.refuse_late(late)
+        while not scheduler.full:
+            running = Counter(row.request.client for row in scheduler.slots.rows)
             with self._work:
-                self._forget_cancelled()
-                if not self._waiting or scheduler.full:
-                    return
-                waiting = self._waiting.popleft()
+                waiting = self._waiting.pop(running)
+            if waiting is None:
+                return
             scheduler.add(waiting)
 
 

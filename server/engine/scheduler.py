@@ -1,19 +1,29 @@
 """What the engine's thread does: one step after the other over the rows it has taken in.
 
-    drop cancelled -> (admit) -> prefill one group -> decode everyone -> deliver
+    drop ended -> (admit) -> prefill one group -> decode everyone -> deliver
 
 A step reads a piece of the prompts of some rows in one forward call, and decodes one token for all
-others in another. A forward call that fails takes its own rows down and no others.
+others in another. A forward call that fails is tried again in halves, down to the rows that cannot
+be computed, which alone fail. Memory that is short is found the same way. What a failed row left in
+its slot is cleared.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from server.engine.base import EngineToken, PromptScores, StepFailedError
+from server.engine.base import (
+    DeadlineExceededError,
+    EngineError,
+    EngineToken,
+    PromptScores,
+    StepFailedError,
+)
 from server.engine.cache import SlotCache
 from server.engine.prefix import PrefixCache
 from server.engine.rows import Row, Waiting
@@ -26,6 +36,10 @@ from steering.monitor import Monitor
 from steering.plan import Steering, sites_of
 
 logger = logging.getLogger(__name__)
+
+TOO_LATE = "its time was up"
+PATIENCE = 8
+"""Steps that may fail in a row, the bare model with them, before the engine gives up."""
 
 
 class Scheduler:
@@ -61,18 +75,30 @@ class Scheduler:
         self.budget = budget
         self.monitor = monitor
         self.eos = lm.eos_token_ids
+        self._lost = 0
+        """Failed steps in a row after which the bare model failed too."""
 
     @property
     def full(self) -> bool:
         return self.slots.used == self.capacity
 
-    def drop_cancelled(self) -> None:
-        """Free the slots of requests whose clients have gone."""
+    def drop_ended(self) -> None:
+        """Free the slots of requests whose clients have gone or whose time is up."""
+        now = time.monotonic()
         for row in self.slots.rows:
-            if row.outbox.cancelled:
+            if row.request.deadline <= now:
+                self._fail(row, DeadlineExceededError(TOO_LATE))
+            elif row.outbox.cancelled:
                 if row in self.slots.prefilling:  # nobody has looked at its values yet
                     self.cache.clear(row.slot)
                 self.slots.release(row)
+        self.courier.deliver()
+
+    def refuse_late(self, late: Sequence[Waiting]) -> None:
+        """Tell requests that their time was up before a slot was free."""
+        for waiting in late:
+            self.courier.put(waiting.outbox, DeadlineExceededError(TOO_LATE))
+        self.courier.deliver()
 
     def add(self, waiting: Waiting) -> None:
         """Take a request in; there must be a free slot."""
@@ -96,26 +122,49 @@ class Scheduler:
         if self.slots.decoding:
             self._attempt(self._decode, list(self.slots.decoding))
 
-    def _attempt(
-        self,
-        work: Callable[[list[Row]], None],
-        rows: list[Row],
-    ) -> None:
-        """Do one forward call's work; if it fails, its requests fail and no others."""
+    def _attempt(self, work: Callable[[list[Row]], None], rows: list[Row]) -> None:
+        """Do one forward call's work; what fails with several rows is tried with half of them."""
+        before = [row.position for row in rows]
         try:
             work(rows)
         except Exception as error:
+            # Rows move on when the model's call is done: what broke after it is not tried again.
+            again = len(rows) > 1 and before == [row.position for row in rows]
             logger.exception("a step of %d requests failed", len(rows))
+            if again:
+                self._release_memory()
+                half = len(rows) // 2
+                for part in (rows[:half], rows[half:]):
+                    self._attempt(work, part)
+                return
             reason = f"the forward pass failed: {type(error).__name__}: {error}"
             for row in sorted(rows, key=lambda r: -r.slot):
-                self._fail(row, reason)
+                self._fail(row, StepFailedError(reason))
+            self._check_alive()
         self.courier.deliver()
 
-    def _fail(self, row: Row, reason: str) -> None:
+    def _release_memory(self) -> None:
+        if self.cache.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_alive(self) -> None:
+        """Raise, which ends the engine, where for a while not even the bare model could be run: a
+        device in such a state never comes back, and who supervises the server must know."""
+        self.courier.deliver()
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.cache.device)
+        try:
+            self.runner.lm.model(input_ids=token, use_cache=False)
+            self._lost = 0
+        except Exception:
+            self._lost += 1
+            if self._lost == PATIENCE:
+                raise
+
+    def _fail(self, row: Row, error: EngineError) -> None:
         if self.slots.owners[row.slot] is row:
             self.cache.clear(row.slot)
             self.slots.release(row)
-            self.courier.put(row.outbox, StepFailedError(reason))
+            self.courier.put(row.outbox, error)
 
     def _prefill(self, rows: list[Row]) -> None:
         """Read the next piece of these rows' prompts, and choose a token where one ends."""
@@ -169,6 +218,7 @@ class Scheduler:
     def _decode(self, rows: list[Row]) -> None:
         """One more token for every row that has read its prompt."""
         logits, _ = self.runner.run(rows, [1] * len(rows), decoding=True)
+        self._lost = 0
         self._choose(rows, logits, [None] * len(rows))
 
     def _choose(
@@ -188,7 +238,7 @@ class Scheduler:
         for i in reversed(range(len(rows))):  # from the last slot down, so that few rows move
             row, token = rows[i], choice.token_ids[i]
             if (error := choice.errors[i] or row.record(token)) is not None:
-                self._fail(row, error)
+                self._fail(row, StepFailedError(error))
                 continue
             ended = token in self.eos
             full = row.generated >= row.request.sampling.max_tokens

@@ -49,13 +49,6 @@ def endless(length: int = 5) -> Any:
     return ask(prompt_of(length), max_tokens=100)
 
 
-@pytest.fixture
-def endless_llama(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
-    """A model without an end token, whose replies last as long as was asked."""
-    monkeypatch.setattr(tiny_llama.model.generation_config, "eos_token_id", [])
-    return tiny_llama
-
-
 def test_a_reply_ends_at_the_end_token_or_at_its_length(
     endless_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
