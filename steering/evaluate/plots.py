@@ -49,7 +49,11 @@ def draw_plots(results: Results, out: Path) -> dict[str, Path]:
 
 def _figures(results: Results) -> Iterator[tuple[str, str, Figure]]:
     if any(found["f1"] for found in _groups(results).values()):
-        yield "f1", "F1 with 95 % intervals, degenerate replies as failures.", f1_bars(results)
+        yield (
+            "f1",
+            "F1 with 95 % intervals, degenerate replies as failures; of sets with both labels.",
+            f1_bars(results),
+        )
     if results["pareto_front"]:
         yield (
             "tradeoff",
@@ -259,6 +263,7 @@ def sweep(results: Results) -> Figure:
                     axes.plot(arm["strength"], value, "*", color=style["color"], markersize=13)
         axes.set_title(title, fontsize=10)
         axes.set_ylim(-0.03, 1.03)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel("strength")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)))

@@ -97,8 +97,10 @@ def correction_line(results: Results) -> str:
         return f"No rate is corrected for the judge's errors: {why}"
     return (
         "Corrected for the judge's sensitivity and specificity (Rogan-Gladen; interval by Lang and "
-        "Reiczigel, which takes in how few replies they were measured on). Compare profiles by the "
-        "rates as counted: the judge may err more often on one profile's replies than on another's."
+        "Reiczigel, which takes in how few replies they were measured on). The labelled replies "
+        "are harder than most: where replies are plain, this corrects too much. Compare profiles "
+        "by the rates as counted: the judge may err more often on one profile's replies than on "
+        "another's."
     )
 
 
