@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,15 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="of a reply (default: 128; demo model: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     parser.add_argument("--seed", type=int, default=0, help="of --temperature and --limit")
+    parser.add_argument(
+        "--judge",
+        default="phrases",
+        metavar="SPEC",
+        help="what judges replies: phrases (default), hf:ID or hf:FORMAT=ID of a classifier",
+    )
+    parser.add_argument(
+        "--judge-batch", type=int, default=8, help="replies a classifier reads at once (default: 8)"
+    )
     parser.add_argument("--text", type=Path, help="text file for the perplexity")
     parser.add_argument(
         "--choices",
@@ -94,14 +104,26 @@ def run(arguments: argparse.Namespace) -> int:
     from server.settings import load_settings
     from steering.evaluate.run import evaluate
     from steering.evaluate.table import render
+    from steering.judge import make_judge
 
+    judge = make_judge(
+        arguments.judge, device=_device(arguments.device), batch_size=arguments.judge_batch
+    )
     names = ("model", "revision", "device", "dtype", "threads", "max_num_seqs")
     settings = {name: getattr(arguments, name) for name in (*names, "allow_derived_base")}
     # What came before must not round a reply differently.
     settings |= {"profile": arguments.profile, "prefix_cache_mib": 0}
     host = open_host(load_settings(settings))
-    job = _evaluation(arguments, host, sets, strengths)
-    results = evaluate(job, arguments.out, _answerer(host, job.lm))
+    job = replace(_evaluation(arguments, host, sets, strengths), judge=judge)
+    try:
+        results = evaluate(job, arguments.out, _answerer(host, job.lm))
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted. The responses so far are in {arguments.out}; the same command goes on "
+            "from there.",
+            file=sys.stderr,
+        )
+        raise
     print("\n".join(render(results)))
     if not arguments.no_plots:
         from steering.evaluate.page import write_page
@@ -110,6 +132,15 @@ def run(arguments: argparse.Namespace) -> int:
         write_page(results, draw_plots(results, arguments.out), arguments.out / "report.html")
     print(f"\nThe results are in {arguments.out}")
     return 0
+
+
+def _device(name: str) -> str:
+    """What `auto` means, for a judge as for the model."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _answerer(
@@ -138,8 +169,6 @@ def _answerer(
 def _evaluation(
     arguments: argparse.Namespace, host: Host, sets: list[Any], strengths: tuple[float, ...]
 ) -> Evaluation:
-    from dataclasses import replace
-
     from server.hosting import DEMO_NAME
     from steering.demo import suite
     from steering.evaluate.arms import Decoding
@@ -180,8 +209,6 @@ def _evaluation(
 
 
 def _prompt_sets(arguments: argparse.Namespace) -> list[Any]:
-    from dataclasses import replace
-
     from steering.demo import suite
     from steering.evaluate.arms import distinct_names, read_prompt_file
     from steering.prompts import PromptSet
