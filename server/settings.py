@@ -81,6 +81,9 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
     )
+    shutdown_timeout: float = Field(
+        30.0, ge=0, description="seconds for replies under way after SIGTERM; then they are ended"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     insecure: bool = Field(

@@ -19,6 +19,7 @@ from server.engine.base import (
     EngineError,
     EngineRequest,
     EngineStats,
+    EngineStoppedError,
     EngineToken,
     PromptScores,
 )
@@ -94,6 +95,8 @@ class FakeEngine:
                     assert self.error is not None
                     raise self.error
                 await asyncio.sleep(self.delay)
+                if self.starts and not self.running:
+                    raise EngineStoppedError("the engine stopped before this request was done")
                 last = "length" if i + 1 == limit else None
                 yield EngineToken(
                     token_id,
