@@ -162,7 +162,10 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
             tokens = await tokenize_text(host, body.prompt, body.add_special_tokens is not False)
         else:
             tokens = await render_prompt(host, body)
-        texts = [host.token_texts.text_of(i) for i in tokens] if body.return_token_strs else None
+        texts = None
+        if body.return_token_strs:
+            text_of = host.token_texts.text_of
+            texts = await asyncio.to_thread(lambda: list(map(text_of, tokens)))
         return Tokens(
             count=len(tokens),
             max_model_len=host.engine.max_model_len,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from server.reply import Answer, Reply, TextToken
@@ -67,20 +68,21 @@ async def _events(answer: Answer) -> AsyncGenerator[str, None]:
         first = chunk(reply, {"role": "assistant", "content": ""})
         yield event({**head, "choices": [first], **usage})
     under_way = len(answer.replies)
-    async for reply, piece in answer.pieces():
-        if piece is not None:
-            logprobs = chat_logprobs(answer, piece.tokens)
-            choice = chunk(
-                reply, {"content": piece.text}, logprobs=logprobs and logprobs.model_dump()
-            )
-            yield event({**head, "choices": [choice], **usage})
-            continue
-        under_way -= 1
-        choice = chunk(reply, {}, finish_reason=reply.finish_reason)
-        if (own := answer.choice_receipt(reply)) is not None:
-            choice["steering"] = own.model_dump()
-        receipt = {} if under_way else {"steering": answer.receipt.model_dump()}
-        yield event({**head, "choices": [choice], **usage, **receipt})
+    async with aclosing(answer.pieces()) as pieces:
+        async for reply, piece in pieces:
+            if piece is not None:
+                logprobs = chat_logprobs(answer, piece.tokens)
+                choice = chunk(
+                    reply, {"content": piece.text}, logprobs=logprobs and logprobs.model_dump()
+                )
+                yield event({**head, "choices": [choice], **usage})
+                continue
+            under_way -= 1
+            choice = chunk(reply, {}, finish_reason=reply.finish_reason)
+            if (own := answer.choice_receipt(reply)) is not None:
+                choice["steering"] = own.model_dump()
+            receipt = {} if under_way else {"steering": answer.receipt.model_dump()}
+            yield event({**head, "choices": [choice], **usage, **receipt})
     if with_usage:
         yield event({**head, "choices": [], "usage": answer.usage.model_dump()})
 

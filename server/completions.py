@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from server.chat import LEAST_LOGPROB
@@ -43,19 +44,20 @@ async def _events(answer: Answer) -> AsyncGenerator[str, None]:
     with_usage = answer.prepared.body.include_usage
     usage = {"usage": None} if with_usage else {}
     under_way = len(answer.replies)
-    async for reply, piece in answer.pieces():
-        choice: dict[str, Any] = {"index": reply.index, "text": "", "logprobs": None}
-        if piece is not None:
-            logprobs = completion_logprobs(answer, piece.tokens)
-            choice |= {"text": piece.text, "logprobs": logprobs and logprobs.model_dump()}
-            yield event({**head, "choices": [choice | {"finish_reason": None}], **usage})
-            continue
-        under_way -= 1
-        choice["finish_reason"] = reply.finish_reason
-        if (own := answer.choice_receipt(reply)) is not None:
-            choice["steering"] = own.model_dump()
-        receipt = {} if under_way else {"steering": answer.receipt.model_dump()}
-        yield event({**head, "choices": [choice], **usage, **receipt})
+    async with aclosing(answer.pieces()) as pieces:
+        async for reply, piece in pieces:
+            choice: dict[str, Any] = {"index": reply.index, "text": "", "logprobs": None}
+            if piece is not None:
+                logprobs = completion_logprobs(answer, piece.tokens)
+                choice |= {"text": piece.text, "logprobs": logprobs and logprobs.model_dump()}
+                yield event({**head, "choices": [choice | {"finish_reason": None}], **usage})
+                continue
+            under_way -= 1
+            choice["finish_reason"] = reply.finish_reason
+            if (own := answer.choice_receipt(reply)) is not None:
+                choice["steering"] = own.model_dump()
+            receipt = {} if under_way else {"steering": answer.receipt.model_dump()}
+            yield event({**head, "choices": [choice], **usage, **receipt})
     if with_usage:
         yield event({**head, "choices": [], "usage": answer.usage.model_dump()})
 

@@ -325,7 +325,7 @@ class ChatRequest(GenerationRequest):
             raise InvalidRequestError(
                 "'top_logprobs' is only possible with 'logprobs': true.", param="top_logprobs"
             )
-        _ = self.template_flags
+        _ = self.template_flags  # raises where they contradict each other
         return ignored + super().check()
 
 

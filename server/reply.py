@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -121,8 +122,10 @@ class Reply:
         self._meter = meter
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The reply as it comes, none of them empty; it is judged by the end. Raises ApiError."""
+        """The reply as it comes, in pieces that say something; it is judged by the end. Raises
+        ApiError."""
         text = ReplyText(self._host.lm.tokenizer, self._prepared.body.stop_strings)
+        wants_tokens = self._prepared.body.wanted_logprobs is not None
         try:
             async for token in self._stream:
                 # The choices of one prompt share its scores, which count once.
@@ -132,9 +135,9 @@ class Reply:
                     self._scores = token.scores
                 piece = text.push(token)
                 self.finish_reason = "stop" if text.stopped else token.finish_reason
-                if piece.text or piece.tokens:
-                    self._text.append(piece.text)
-                    self.tokens.extend(piece.tokens)
+                self._text.append(piece.text)
+                self.tokens.extend(piece.tokens)
+                if piece.text or (piece.tokens and wants_tokens):
                     yield piece
                 if text.stopped:
                     await self._stream.aclose()  # frees the slot
@@ -223,8 +226,9 @@ class Answer:
         with the first reply that fails."""
         if len(self.replies) == 1:
             [reply] = self.replies
-            async for piece in reply.pieces():
-                yield reply, piece
+            async with aclosing(reply.pieces()) as pieces:
+                async for piece in pieces:
+                    yield reply, piece
             yield reply, None
             return
         arrived: asyncio.Queue[tuple[Reply, Piece | Exception | None]] = asyncio.Queue()

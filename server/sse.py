@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
@@ -37,8 +38,9 @@ def event(data: Mapping[str, Any]) -> str:
 async def guarded(events: AsyncGenerator[str, None], name: str) -> AsyncGenerator[str, None]:
     """The events, an error event if they break off, and `[DONE]`."""
     try:
-        async for item in events:
-            yield item
+        async with aclosing(events):
+            async for item in events:
+                yield item
     except ApiError as error:
         yield event(error.envelope)
     except Exception:
