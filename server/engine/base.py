@@ -6,11 +6,11 @@ server knows profiles, names and text; an engine knows none of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from steering.edit import AppliedEdit
+from steering.edit import AppliedEdit, Site
 
 FinishReason = Literal["stop", "length"]
 
@@ -151,4 +151,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop; requests under way fail with EngineStoppedError. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class InProcessEngine(Engine, Protocol):
+    """An engine whose model is in this process, so that profiles may come and go as it runs."""
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that may use the model, run between two steps.
+
+        Waits for it: from an event loop, call it in a thread. Raises EngineStoppedError.
+        """
+        ...
+
+    def attach(self, sites: Iterable[Site]) -> None:
+        """Get ready to edit and read at these sites. ValueError if the model lacks one."""
+        ...
+
+    def retain(self, sites: Iterable[Site]) -> None:
+        """Give up all other sites, each when no request uses it any more."""
         ...

@@ -26,6 +26,7 @@ from server.engine.base import (
     QueueFullError,
 )
 from server.engine.cache import SlotCache, available_memory, check_memory, layer_shapes
+from server.engine.hooks import Hooks
 from server.engine.masks import MaskBuilder
 from server.engine.rows import Waiting
 from server.engine.runner import Runner
@@ -93,6 +94,7 @@ class LocalEngine:
         self.max_unsplit_prompt = max_unsplit_prompt or min(self._max_model_len, 2048)
         self._steering = steering or Steering(lm.sites)
         self._owns_steering = steering is None
+        self._hooks = Hooks(self._steering)
         self._vocabulary = lm.model.get_input_embeddings().num_embeddings
 
         # Shared between threads, under this lock: the queue, the calls and the state.
@@ -130,7 +132,7 @@ class LocalEngine:
         )
         self._scheduler = Scheduler(
             self.lm,
-            self._steering,
+            self._hooks,
             cache,
             self.max_num_seqs,
             self._courier,
@@ -139,7 +141,7 @@ class LocalEngine:
             monitor=self.monitor,
         )
         if self.monitor is not None:
-            self._steering.attach(self.monitor.sites)
+            self._hooks.pin(self.monitor.sites)
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
 
@@ -188,9 +190,14 @@ class LocalEngine:
         """Hook more sites, between two steps. ValueError if the model lacks one."""
         wanted = set(sites)
         if self._thread is None:
-            self._steering.attach(wanted)
+            self._hooks.pin(wanted)
         else:
-            self.call(lambda: self._steering.attach(wanted))
+            self.call(lambda: self._hooks.pin(wanted))
+
+    def retain(self, sites: Iterable[Site]) -> None:
+        """Unhook all but these sites and the monitor's, each when no request uses it any more."""
+        wanted = set(sites) | (set() if self.monitor is None else self.monitor.sites)
+        self.call(lambda: self._hooks.keep_only(wanted))
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps; it may use model and hooks.
@@ -275,6 +282,7 @@ class LocalEngine:
         scheduler.drop_cancelled()
         self._admit(scheduler)
         scheduler.step()
+        scheduler.sweep()
 
     def _admit(self, scheduler: Scheduler) -> None:
         while self._waiting:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.engine.base import EngineToken, PromptScores, StepFailedError
 from server.engine.cache import SlotCache
+from server.engine.hooks import Hooks
 from server.engine.rows import Row, Waiting
 from server.engine.runner import Runner
 from server.engine.sampling import sample
@@ -22,7 +23,6 @@ from server.engine.slots import SlotTable
 from server.engine.stream import Courier
 from steering.models import LanguageModel
 from steering.monitor import Monitor
-from steering.plan import Steering, sites_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Scheduler:
     def __init__(
         self,
         lm: LanguageModel,
-        steering: Steering,
+        hooks: Hooks,
         cache: SlotCache,
         slots: int,
         courier: Courier,
@@ -48,8 +48,8 @@ class Scheduler:
         monitor: Monitor | None,
     ) -> None:
         self.slots = SlotTable(cache, slots)
-        self.runner = Runner(lm, steering, cache)
-        self.steering = steering
+        self.runner = Runner(lm, hooks.steering, cache)
+        self.hooks = hooks
         self.cache = cache
         self.capacity = slots
         self.courier = courier
@@ -74,7 +74,7 @@ class Scheduler:
         """Take a request in; there must be a free slot."""
         try:
             row = Row(waiting, self.monitor)
-            self.steering.attach(sites_of(a.edit for a in row.asked.edits))
+            self.hooks.use(row)
         except Exception as error:  # a request that cannot be set up is its own failure
             logger.exception("a request could not be set up")
             self.courier.put(waiting.outbox, StepFailedError(str(error)))
@@ -89,6 +89,11 @@ class Scheduler:
             self._attempt(self._prefill, group)
         if self.slots.decoding:
             self._attempt(self._decode, list(self.slots.decoding))
+
+    def sweep(self) -> None:
+        """Let go of hooks and edits that no row uses any more."""
+        self.hooks.sweep(self.slots.rows)
+        self.runner.forget_plans(prefill=not self.slots.prefilling, decode=not self.slots.decoding)
 
     def _attempt(
         self,
