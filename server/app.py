@@ -11,17 +11,19 @@ import torch
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from server.admin import add_admin
 from server.chat import Reply, complete, stream
 from server.errors import UnavailableError, install_handlers
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
+from server.openapi import errors
 from server.prepare import prepare
+from server.profiles import COMPOSED
 from server.protocol import ChatRequest
 from server.responses import (
     ChatCompletion,
     ChatCompletionChunk,
-    ErrorEnvelope,
     ModelCard,
     ModelList,
     ProfileCard,
@@ -29,16 +31,10 @@ from server.responses import (
     Status,
     Version,
 )
+from server.score import add_score
 from server.sse import ClientGoneError, EventStream, unless_gone
 from server.version import VERSION
 
-_ERRORS = {
-    400: "The request cannot be served as it is; the message says what to change.",
-    404: "There is no such model or profile; the message lists what there is.",
-    429: "Too many requests wait already; `Retry-After` says when to come back.",
-    500: "Something broke while this request was computed.",
-    503: "The engine does not run, or the server is about to stop.",
-}
 _STREAM = {
     "description": "The reply, or with `stream` its chunks, then `data: [DONE]`.",
     "content": {
@@ -58,17 +54,9 @@ _STREAM = {
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses to declare; anything can break, so 500 is always among them."""
-    return {
-        status: {"description": _ERRORS[status], "model": ErrorEnvelope}
-        for status in sorted({*statuses, 500})
-    }
-
-
 def create_app(host: Host) -> FastAPI:
     """The application around a host, whose engine starts and stops with it."""
-    metrics = Metrics(host.profiles.names)
+    metrics = Metrics([*host.profiles.names, COMPOSED])
     _describe(host, metrics)
 
     @asynccontextmanager
@@ -91,7 +79,9 @@ def create_app(host: Host) -> FastAPI:
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=host.max_body_bytes)
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
     _add_chat(app, host, metrics)
+    add_score(app, host)
     _add_lists(app, host)
+    add_admin(app, host, metrics)
     _add_operations(app, host, metrics)
     _declare_truthfully(app)
     return app
@@ -101,7 +91,7 @@ def _add_chat(app: FastAPI, host: Host, metrics: Metrics) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: _STREAM, **errors(400, 404, 429, 503)},
+        responses={200: _STREAM, **errors(400, 404, 413, 429, 503)},
         tags=["chat"],
         summary="Answer a conversation under a profile",
     )
@@ -200,7 +190,7 @@ def _describe(host: Host, metrics: Metrics) -> None:
         str(lm.device),
     ).set(1)
     for profile in host.profiles:
-        metrics.profile_info.labels(profile.name, profile.fingerprint[:12], profile.method).set(1)
+        metrics.add_profile(profile.name, profile.fingerprint, profile.method)
 
 
 def _declare_truthfully(app: FastAPI) -> None:

@@ -25,7 +25,7 @@ from server.hosting import Host
 from server.metrics import Metrics, ReplyMeter
 from server.prepare import Prepared
 from server.profiles import finite
-from server.responses import ChatCompletion, Choice, Receipt, ReplyMessage, Usage
+from server.responses import ChatCompletion, Choice, ProfileUsed, Receipt, ReplyMessage, Usage
 from server.sse import DONE, event
 from steering.judge import Outcome
 
@@ -46,7 +46,7 @@ class Reply:
         self._outcome: Outcome | None = None
         self._tokens = host.engine.generate(prepared.request)
         self._meter = ReplyMeter(
-            metrics, prepared.profile.name, len(prepared.request.prompt_ids), since
+            metrics, prepared.composition.label, len(prepared.request.prompt_ids), since
         )
 
     async def pieces(self) -> AsyncGenerator[str, None]:
@@ -100,10 +100,10 @@ class Reply:
     @cached_property
     def headers(self) -> dict[str, str]:
         """What is known before the first token."""
-        profile, ignored = self.prepared.profile, self.prepared.ignored
+        composition, ignored = self.prepared.composition, self.prepared.ignored
         headers = {
-            "X-Steering-Profile": profile.name,
-            "X-Steering-Fingerprint": profile.fingerprint,
+            "X-Steering-Profile": composition.name,
+            "X-Steering-Fingerprint": composition.fingerprint,
         }
         if ignored:
             headers["X-Ignored-Fields"] = ", ".join(dict.fromkeys(map(_header_safe, ignored[:20])))
@@ -111,20 +111,13 @@ class Reply:
 
     @property
     def receipt(self) -> Receipt:
-        scores, profile = self._scores, self.prepared.profile
-        # Any, because mypy takes what is unpacked for every argument.
-        derived: dict[str, Any] = (
-            {"derived_base": True} if self.host.profiles.derived_base(profile) else {}
-        )
+        scores = self._scores
         return Receipt(
-            profile=profile.name,
-            fingerprint=profile.fingerprint,
-            strength=self.prepared.strength,
+            **answered_by(self.host, self.prepared),
             refusal_score=finite(scores.refusal_score),
             answer_probability=finite(scores.answer_probability),
             benign_probability=finite(scores.benign_probability),
             outcome=self._outcome,
-            **derived,
         )
 
     @property
@@ -137,7 +130,31 @@ class Reply:
     @property
     def system_fingerprint(self) -> str:
         weights = self.host.lm.fingerprint.weights[:8]
-        return f"fp_{weights}_{self.prepared.profile.fingerprint[:8] or 'raw'}"
+        return f"fp_{weights}_{self.prepared.composition.fingerprint[:8] or 'raw'}"
+
+
+def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:
+    """The fields of `responses.Answerer`."""
+    composition = prepared.composition
+    said: dict[str, Any] = {
+        "profile": composition.name,
+        "fingerprint": composition.fingerprint,
+        "strength": composition.strength,
+    }
+    if len(composition.parts) > 1:
+        said["profiles"] = [
+            ProfileUsed(
+                name=part.profile.name,
+                fingerprint=part.profile.fingerprint,
+                strength=part.strength,
+            )
+            for part in composition.parts
+        ]
+    if composition.phase is not None:
+        said["phase"] = composition.phase
+    if any(host.profiles.derived_base(profile) for profile in composition.profiles):
+        said["derived_base"] = True
+    return said
 
 
 async def complete(reply: Reply) -> ChatCompletion:

@@ -14,7 +14,7 @@ import steering
 from server.engine.base import Engine
 from server.engine.local import LocalEngine
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
-from server.settings import MAX_BODY_BYTES, Settings
+from server.settings import MAX_BODY_BYTES, MAX_PROFILE_BYTES, Settings
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
@@ -29,6 +29,21 @@ DEMO_NAME = "demo"
 DEMO = Path(steering.__path__[0]) / "demo"
 
 
+@dataclass(frozen=True)
+class RegistrationLimits:
+    """What may be registered at run time.
+
+    Args:
+        folder: profiles may be named by a path in it; None forbids paths.
+        max_profiles: served at once, `raw` included.
+        max_bytes: of one file.
+    """
+
+    folder: Path | None = None
+    max_profiles: int = 64
+    max_bytes: int = MAX_PROFILE_BYTES
+
+
 @dataclass
 class Host:
     """What the endpoints work with.
@@ -37,6 +52,7 @@ class Host:
         judge: outcome of a reply's text; called off the event loop.
         monitor: says what class a prompt's benign probability means.
         max_body_bytes: longer request bodies are refused unread.
+        registration: limits on profiles that come while the server runs.
     """
 
     engine: Engine
@@ -45,6 +61,7 @@ class Host:
     judge: Callable[[str], Outcome] = judge
     monitor: Monitor | None = None
     max_body_bytes: int = MAX_BODY_BYTES
+    registration: RegistrationLimits = RegistrationLimits()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -109,7 +126,16 @@ def open_host(settings: Settings) -> Host:
     )
     if settings.fold is None:
         engine.attach(sites_of(edit for profile in store for edit in profile.edits))
-    return Host(engine, lm, store, monitor=monitor, max_body_bytes=settings.max_body_bytes)
+    return Host(
+        engine,
+        lm,
+        store,
+        monitor=monitor,
+        max_body_bytes=settings.max_body_bytes,
+        registration=RegistrationLimits(
+            settings.profile_dir, settings.max_profiles, settings.max_profile_bytes
+        ),
+    )
 
 
 def _check_answers(lm: LanguageModel) -> None:

@@ -7,11 +7,11 @@ import re
 import uuid
 from dataclasses import dataclass
 
+from server.composition import Composition, compose
 from server.engine.base import EngineRequest, Sampling
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from server.hosting import Host
 from server.protocol import ChatRequest
-from steering.edit import AppliedEdit
 from steering.profile import Profile
 
 DEFAULT_MAX_TOKENS = 256
@@ -25,10 +25,14 @@ class Prepared:
     """A request that was understood: who answers, and what the engine is asked."""
 
     body: ChatRequest
-    profile: Profile
-    strength: float
+    composition: Composition
     request: EngineRequest
     ignored: tuple[str, ...]
+
+
+def profiles_used(prepared: Prepared) -> tuple[Profile, ...]:
+    """Every profile that a request asked for, whatever its strength: what access depends on."""
+    return prepared.composition.profiles
 
 
 async def prepare(host: Host, body: ChatRequest) -> Prepared:
@@ -36,38 +40,20 @@ async def prepare(host: Host, body: ChatRequest) -> Prepared:
     ignored = body.check()
     if not host.ready:
         raise UnavailableError("The server cannot take requests now.", headers={"Retry-After": "5"})
-    profile, strength, edits = choose_edits(host, body)
+    composition = compose(host.profiles, body.model, body.steering)
     prompt = await render_prompt(host, body)
     request = EngineRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         prompt_ids=tuple(prompt),
         sampling=_sampling(body, len(prompt), host.engine.max_model_len),
-        edits=edits,
-        answer_probe=_answer_probe(profile, strength),
+        edits=composition.edits,
+        answer_probe=composition.answer_probe,
     )
     try:
         host.engine.check(request)
     except ValueError as error:
         raise InvalidRequestError(_one_line(error)) from error
-    return Prepared(body, profile, strength, request, tuple(ignored))
-
-
-def choose_edits(host: Host, body: ChatRequest) -> tuple[Profile, float, tuple[AppliedEdit, ...]]:
-    """The profile that answers, its strength, and what the engine applies. Raises ApiError."""
-    steering = body.steering
-    profile = host.profiles.choose(body.model, steering.profile if steering is not None else None)
-    strength = profile.strength
-    if steering is not None and steering.strength is not None:
-        strength = steering.strength
-    if profile.name != host.profiles.folded:
-        return profile, strength, profile.applied(strength)
-    if strength != profile.strength:
-        raise InvalidRequestError(
-            f"{profile.name!r} is folded into the weights at strength {profile.strength}; leave "
-            "'steering.strength' out.",
-            param="steering.strength",
-        )
-    return profile, strength, ()
+    return Prepared(body, composition, request, tuple(ignored))
 
 
 async def render_prompt(host: Host, body: ChatRequest) -> list[int]:
@@ -110,13 +96,6 @@ def _sampling(body: ChatRequest, prompt_tokens: int, limit: int) -> Sampling:
         seed=body.seed,
         max_tokens=min(DEFAULT_MAX_TOKENS, room) if asked is None else asked,
     )
-
-
-def _answer_probe(profile: Profile, strength: float) -> str | None:
-    """The key of the probe calibrated for this profile at this strength, None if nobody did."""
-    if not profile.applied(strength):
-        return ""
-    return profile.fingerprint if strength == profile.strength else None
 
 
 def _one_line(error: Exception) -> str:

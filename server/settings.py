@@ -25,6 +25,7 @@ from server.validation import describe
 
 ENV_PREFIX = "PILOTHOUSE_"
 MAX_BODY_BYTES = 4 * 2**20
+MAX_PROFILE_BYTES = 256 * 2**20
 
 
 class SettingsError(ValueError):
@@ -80,6 +81,13 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
+    )
+    profile_dir: Path | None = Field(
+        None, description="folder from which profiles may be registered by path at run time"
+    )
+    max_profiles: int = Field(64, ge=1, description="profiles served at once, `raw` included")
+    max_profile_bytes: int = Field(
+        MAX_PROFILE_BYTES, ge=1024, description="largest profile registered at run time"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")

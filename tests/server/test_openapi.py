@@ -25,7 +25,7 @@ def test_every_endpoint_declares_its_errors_as_envelopes() -> None:
 
 def test_chat_declares_both_kinds_of_answer_and_all_errors() -> None:
     responses = document()["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "429", "500", "503"}
+    assert set(responses) == {"200", "400", "404", "413", "429", "500", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "X-Steering-Profile" in responses["200"]["headers"]
 
@@ -35,7 +35,12 @@ def test_every_key_of_a_request_is_documented() -> None:
     request = schemas["ChatRequest"]["properties"]
     for name in ("model", "messages", "steering", "temperature", "top_k", "stream_options"):
         assert name in request
-    assert set(schemas["SteeringChoice"]["properties"]) == {"profile", "strength"}
+    assert set(schemas["SteeringChoice"]["properties"]) == {
+        "profile",
+        "strength",
+        "profiles",
+        "phase",
+    }
     assert "ChatCompletionChunk" in schemas
 
 
