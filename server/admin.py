@@ -2,8 +2,10 @@
 
 A new profile is read and checked on a thread of its own, then tested on the model itself
 (`steering.selftest`): six forward passes over at most two rows of one short prompt, handed to the
-engine's thread one at a time, each between two of its steps. So registering pauses nobody for
-longer than one such pass. PAUSE
+engine's thread one at a time, each between two of its steps. So registering holds up a step by one
+such pass at most: with eight requests decoding on one thread of a busy machine, 16 to 28 ms on the
+demo model (a step: 20 ms) and 0.4 to 0.8 s on a Qwen2.5-0.5B shape (a step: 0.3 to 0.6 s). It
+changes no token.
 
 Requests hold the edits they started with: removing a profile changes none of them. Its hooks and
 tensors are let go when the last of them has ended.
