@@ -12,12 +12,14 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from server.admin import add_admin
 from server.chat import complete, stream
 from server.completions import complete_text, stream_text
 from server.errors import UnavailableError, install_handlers
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
+from server.openapi import errors
 from server.prepare import (
     Prepared,
     prepare,
@@ -25,13 +27,13 @@ from server.prepare import (
     render_prompt,
     tokenize_text,
 )
+from server.profiles import COMPOSED
 from server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from server.reply import Answer
 from server.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
-    ErrorEnvelope,
     ModelCard,
     ModelList,
     ProfileCard,
@@ -40,17 +42,10 @@ from server.responses import (
     Tokens,
     Version,
 )
+from server.score import add_score
 from server.sse import ClientGoneError, EventStream, unless_gone
 from server.version import VERSION
 
-_ERRORS = {
-    400: "The request cannot be served as it is; the message says what to change.",
-    404: "There is no such model or profile; the message lists what there is.",
-    429: "Too many requests wait already; `Retry-After` says when to come back.",
-    500: "Something broke while this request was computed.",
-    503: "The engine does not run, or the server is about to stop.",
-    504: "The answer was not ready in time (`--request-timeout`).",
-}
 _HEADERS = {
     name: {"schema": {"type": "string"}, "description": description}
     for name, description in (
@@ -75,17 +70,9 @@ def _streams(chunk: str) -> dict[str, Any]:
     }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses to declare; anything can break, so 500 is always among them."""
-    return {
-        status: {"description": _ERRORS[status], "model": ErrorEnvelope}
-        for status in sorted({*statuses, 500})
-    }
-
-
 def create_app(host: Host) -> FastAPI:
     """The application around a host, whose engine starts and stops with it."""
-    metrics = Metrics(host.profiles.names)
+    metrics = Metrics([*host.profiles.names, COMPOSED])
     _describe(host, metrics)
 
     @asynccontextmanager
@@ -108,7 +95,9 @@ def create_app(host: Host) -> FastAPI:
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=host.max_body_bytes)
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
     _add_generation(app, host, metrics)
+    add_score(app, host)
     _add_lists(app, host)
+    add_admin(app, host, metrics)
     _add_operations(app, host, metrics)
     _declare_truthfully(app)
     return app
@@ -135,7 +124,7 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: _streams("ChatCompletionChunk"), **errors(400, 404, 429, 503, 504)},
+        responses={200: _streams("ChatCompletionChunk"), **errors(400, 404, 413, 429, 503, 504)},
         tags=["chat"],
         summary="Answer a conversation under a profile",
     )
@@ -145,7 +134,7 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
     @app.post(
         "/v1/completions",
         response_model=Completion,
-        responses={200: _streams("Completion"), **errors(400, 404, 429, 503, 504)},
+        responses={200: _streams("Completion"), **errors(400, 404, 413, 429, 503, 504)},
         tags=["chat"],
         summary="Continue plain text under a profile",
     )
@@ -255,7 +244,7 @@ def _describe(host: Host, metrics: Metrics) -> None:
         str(lm.device),
     ).set(1)
     for profile in host.profiles:
-        metrics.profile_info.labels(profile.name, profile.fingerprint[:12], profile.method).set(1)
+        metrics.add_profile(profile.name, profile.fingerprint, profile.method)
 
 
 def _declare_truthfully(app: FastAPI) -> None:

@@ -3,7 +3,9 @@
     ApiError                      status  code
       InvalidRequestError         400     invalid_value, unsupported_parameter, ...
         ContextLengthError        400     context_length_exceeded
+      ForbiddenError              403     forbidden
       NotFoundError               404     model_not_found, not_found
+      ConflictError               409     conflict
       BodyTooLargeError           413     body_too_large
       OverloadedError             429     queue_full, with Retry-After
       InternalError               500     internal_error
@@ -96,6 +98,24 @@ class NotFoundError(ApiError):
     reason = "not_found"
 
 
+class ForbiddenError(ApiError):
+    """This server was not told to allow that."""
+
+    status = 403
+    type = "permission_error"
+    default_code = "forbidden"
+    reason = "forbidden"
+
+
+class ConflictError(ApiError):
+    """What the server holds already stands in the way."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+    reason = "conflict"
+
+
 class BodyTooLargeError(ApiError):
     """More bytes than the server reads."""
 
@@ -141,7 +161,9 @@ REJECTION_REASONS = sorted(
     for kind in (
         InvalidRequestError,
         ContextLengthError,
+        ForbiddenError,
         NotFoundError,
+        ConflictError,
         BodyTooLargeError,
         OverloadedError,
         InternalError,

@@ -16,7 +16,7 @@ import steering
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
-from server.settings import MAX_BODY_BYTES, Settings
+from server.settings import MAX_BODY_BYTES, MAX_PROFILE_BYTES, Settings
 from server.token_text import TokenTexts
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
@@ -33,6 +33,21 @@ DEMO_NAME = "demo"
 DEMO = Path(steering.__path__[0]) / "demo"
 
 
+@dataclass(frozen=True)
+class RegistrationLimits:
+    """What may be registered at run time.
+
+    Args:
+        folder: profiles may be named by a path in it; None forbids paths.
+        max_profiles: served at once, `raw` included.
+        max_bytes: of one file.
+    """
+
+    folder: Path | None = None
+    max_profiles: int = 64
+    max_bytes: int = MAX_PROFILE_BYTES
+
+
 @dataclass
 class Host:
     """What the endpoints work with.
@@ -43,6 +58,7 @@ class Host:
         monitor_read: when its probes are read.
         max_body_bytes: longer request bodies are refused unread.
         request_timeout: seconds that a request may take, waiting and computing.
+        registration: limits on profiles that come while the server runs.
     """
 
     engine: Engine
@@ -53,6 +69,7 @@ class Host:
     monitor_read: MonitorRead = "always"
     max_body_bytes: int = MAX_BODY_BYTES
     request_timeout: float = math.inf
+    registration: RegistrationLimits = RegistrationLimits()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -138,6 +155,9 @@ def open_host(settings: Settings) -> Host:
         monitor_read=settings.monitor_read,
         max_body_bytes=settings.max_body_bytes,
         request_timeout=settings.request_timeout,
+        registration=RegistrationLimits(
+            settings.profile_dir, settings.max_profiles, settings.max_profile_bytes
+        ),
     )
 
 

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from server.composition import Composition, compose
 from server.engine.base import EngineRequest, PromptTooLongError, Sampling, SamplingError
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from server.hosting import Host
@@ -19,7 +20,6 @@ from server.protocol import (
     TokenizeRequest,
 )
 from server.templating import WITHOUT_TEMPLATE, Reading, asked_kwargs, reading
-from steering.edit import AppliedEdit
 from steering.profile import Profile
 
 DEFAULT_MAX_TOKENS = 256
@@ -41,8 +41,7 @@ class Prepared:
 
     id: str
     body: GenerationRequest
-    profile: Profile
-    strength: float
+    composition: Composition
     requests: tuple[EngineRequest, ...]
     ignored: tuple[str, ...]
     out_of_template: bool = False
@@ -53,15 +52,20 @@ class Prepared:
         return self.requests[0]
 
 
+def profiles_used(prepared: Prepared) -> tuple[Profile, ...]:
+    """Every profile that a request asked for, whatever its strength: what access depends on."""
+    return prepared.composition.profiles
+
+
 async def prepare(host: Host, body: ChatRequest) -> Prepared:
     """Check a chat request and render its prompt. Raises ApiError."""
     ignored = body.check()
     _check_ready(host)
-    chosen = choose_edits(host, body)
+    composition = compose(host.profiles, body.model, body.steering)
     _check_choices(host, body, 1)
     prompt = await render_prompt(host, body)
     return _prepared(
-        host, body, "chatcmpl", chosen, [prompt], ignored, reading(host, body, prompt),
+        host, body, "chatcmpl", composition, [prompt], ignored, reading(host, body, prompt),
         param="messages", default_tokens=DEFAULT_MAX_TOKENS,
     )  # fmt: skip
 
@@ -70,7 +74,7 @@ async def prepare_completion(host: Host, body: CompletionRequest) -> Prepared:
     """Check a plain completion and tokenise its prompts. Raises ApiError."""
     ignored = body.check()
     _check_ready(host)
-    chosen = choose_edits(host, body)
+    composition = compose(host.profiles, body.model, body.steering)
     _check_choices(host, body, len(body.prompts))
     special = body.add_special_tokens is not False
     prompts = [
@@ -79,7 +83,7 @@ async def prepare_completion(host: Host, body: CompletionRequest) -> Prepared:
     ]
     readable = Reading() if host.monitor is None else WITHOUT_TEMPLATE
     return _prepared(
-        host, body, "cmpl", chosen, prompts, ignored, readable, param="prompt",
+        host, body, "cmpl", composition, prompts, ignored, readable, param="prompt",
         default_tokens=DEFAULT_COMPLETION_TOKENS,
     )  # fmt: skip
 
@@ -88,7 +92,7 @@ def _prepared(
     host: Host,
     body: GenerationRequest,
     kind: str,
-    chosen: tuple[Profile, float, tuple[AppliedEdit, ...]],
+    composition: Composition,
     prompts: Sequence[Sequence[int]],
     ignored: list[str],
     readable: Reading,
@@ -96,7 +100,6 @@ def _prepared(
     param: str,
     default_tokens: int,
 ) -> Prepared:
-    profile, strength, edits = chosen
     probes = readable.probes and host.monitor_read != "off"
     id = f"{kind}-{uuid.uuid4().hex}"
     requests: list[EngineRequest] = []
@@ -105,8 +108,8 @@ def _prepared(
             request_id=id,
             prompt_ids=tuple(prompt),
             sampling=_sampling(body, len(prompt), host.engine.max_model_len, param, default_tokens),
-            edits=edits,
-            answer_probe=_answer_probe(profile, strength) if probes else None,
+            edits=composition.edits,
+            answer_probe=composition.answer_probe if probes else None,
             benign_read=host.monitor_read if probes else "off",
             refusal_score=readable.refusal_score,
             deadline=time.monotonic() + host.request_timeout,
@@ -115,9 +118,7 @@ def _prepared(
         requests += [_choice(request, i) for i in range(body.choices)]
     if len(requests) > 1:
         requests = [replace(r, request_id=f"{id}-{i}") for i, r in enumerate(requests)]
-    return Prepared(
-        id, body, profile, strength, tuple(requests), tuple(ignored), not readable.probes
-    )
+    return Prepared(id, body, composition, tuple(requests), tuple(ignored), not readable.probes)
 
 
 def _choice(request: EngineRequest, index: int) -> EngineRequest:
@@ -154,26 +155,6 @@ def _check(host: Host, request: EngineRequest, param: str) -> None:
         raise InvalidRequestError(_one_line(error), param=error.field) from error
     except ValueError as error:
         raise InvalidRequestError(_one_line(error), param=param) from error
-
-
-def choose_edits(
-    host: Host, body: GenerationRequest
-) -> tuple[Profile, float, tuple[AppliedEdit, ...]]:
-    """The profile that answers, its strength, and what the engine applies. Raises ApiError."""
-    steering = body.steering
-    profile = host.profiles.choose(body.model, steering.profile if steering is not None else None)
-    strength = profile.strength
-    if steering is not None and steering.strength is not None:
-        strength = steering.strength
-    if profile.name != host.profiles.folded:
-        return profile, strength, profile.applied(strength)
-    if strength != profile.strength:
-        raise InvalidRequestError(
-            f"{profile.name!r} is folded into the weights at strength {profile.strength}; leave "
-            "'steering.strength' out.",
-            param="steering.strength",
-        )
-    return profile, strength, ()
 
 
 async def render_prompt(host: Host, body: ChatRequest | TokenizeRequest) -> list[int]:
@@ -238,13 +219,6 @@ def _sampling(
         max_tokens=min(default_tokens, room) if asked is None else asked,
         top_logprobs=body.wanted_logprobs or 0,
     )
-
-
-def _answer_probe(profile: Profile, strength: float) -> str | None:
-    """The key of the probe calibrated for this profile at this strength, None if nobody did."""
-    if not profile.applied(strength):
-        return ""
-    return profile.fingerprint if strength == profile.strength else None
 
 
 def _one_line(error: Exception) -> str:

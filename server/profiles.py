@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import ConflictError, InvalidRequestError, NotFoundError
 from server.responses import ModelCard, ProfileCard
 from steering.edit import Edit
 from steering.models import LanguageModel
 from steering.profile import RAW, Profile, ProfileError
+
+COMPOSED = "composed"
+"""Stands for all compositions of several profiles where metrics name a profile."""
+RESERVED = (COMPOSED, "restricted")
+"""Names that mean something else in metrics."""
 
 MONITOR_FILE = "monitor.safetensors"
 """Lies beside a model's profiles and is none."""
@@ -19,6 +25,8 @@ MONITOR_FILE = "monitor.safetensors"
 
 class ProfileStore:
     """Profiles by name, checked against one model. `raw` is always among them.
+
+    Any thread may read, add and remove at any time: a reader sees all of a change or none of it.
 
     Args:
         served_name: what clients call the model.
@@ -44,7 +52,9 @@ class ProfileStore:
         self.served_name = served_name
         self.folded = folded
         self._allow_derived = allow_derived
-        self._profiles: dict[str, Profile] = {RAW.name: RAW}
+        # Never changed in place, so that readers need no lock.
+        self._profiles: Mapping[str, Profile] = {RAW.name: RAW}
+        self._writing = threading.Lock()
         for profile in profiles:
             self.add(profile)
         for file in files:
@@ -63,6 +73,10 @@ class ProfileStore:
                 f"profile {self.default_name} removes refusals (red_team) and cannot be the "
                 "default; clients must ask for it by name"
             )
+        self.kept = {RAW.name: "it is built in", self.default_name: "it is the default"}
+        """Profiles that cannot be removed, with the reason."""
+        if folded is not None:
+            self.kept[folded] = "it is part of the weights"
 
     def add(self, profile: Profile, source: Path | None = None) -> None:
         """Offer a profile. Raises ProfileError if it does not fit the model or its name is taken.
@@ -70,16 +84,37 @@ class ProfileStore:
         A profile without edits may take the place of the built-in `raw`, for its card.
         """
         where = f"{source}: " if source is not None else ""
-        replaces_raw = self._profiles.get(profile.name) is RAW and not profile.edits
-        if profile.name in self._profiles and not replaces_raw:
-            raise ProfileError(
-                f"{where}there is a profile named {profile.name} already; rename one of them"
-            )
         try:
-            profile.check_base(self._lm, allow_derived=self._allow_derived)
+            self.check(profile)
         except ProfileError as error:
             raise ProfileError(f"{where}{error}") from error
-        self._profiles[profile.name] = profile
+        with self._writing:
+            replaces_raw = self._profiles.get(profile.name) is RAW and not profile.edits
+            if profile.name in self._profiles and not replaces_raw:
+                raise ProfileError(
+                    f"{where}there is a profile named {profile.name} already; rename one of them"
+                )
+            self._profiles = {**self._profiles, profile.name: profile}
+
+    def check(self, profile: Profile) -> None:
+        """Raise ProfileError if the profile does not fit the model, or its name is reserved."""
+        if profile.name in RESERVED:
+            raise ProfileError(f"a profile cannot be named {profile.name}; rename it")
+        profile.check_base(self._lm, allow_derived=self._allow_derived)
+
+    def remove(self, name: str) -> Profile:
+        """Offer a profile no more, and return it; requests that have it keep it.
+
+        Raises NotFoundError, or ConflictError for a profile that is `kept`.
+        """
+        with self._writing:
+            profile = self.resolve(name, param="name")
+            if name in self.kept:
+                raise ConflictError(
+                    f"The profile {name!r} cannot be removed: {self.kept[name]}.", param="name"
+                )
+            self._profiles = {k: v for k, v in self._profiles.items() if k != name}
+            return profile
 
     def __iter__(self) -> Iterator[Profile]:
         """The profiles that can be asked for."""
@@ -110,7 +145,7 @@ class ProfileStore:
 
         A served name may hold `:` and `@` itself, so only what follows it is looked at.
         """
-        named = self._named_by(model)
+        named = self.named_by(model)
         profile = None if named is None else self.resolve(named)
         if wanted is None:
             return profile or self.resolve(self.default_name)
@@ -123,7 +158,8 @@ class ProfileStore:
             )
         return asked
 
-    def _named_by(self, model: str) -> str | None:
+    def named_by(self, model: str) -> str | None:
+        """The profile that `model` names after the served name, if any. Raises NotFoundError."""
         rest = model.removeprefix(self.served_name)
         if model.startswith(self.served_name):
             if not rest:

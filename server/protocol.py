@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
 from server.validation import TemplateValue
+from steering.edit import Phase
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
 # for nothing. Null asks for nothing everywhere.
@@ -135,13 +136,29 @@ class StreamOptions(_Strict):
     )
 
 
+# Far beyond any use; further out, float32 overflows and the reply could not be computed.
+Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
+
+
+class ProfileChoice(_Strict):
+    """One of several profiles."""
+
+    name: str = Field(description="A name that `GET /v1/steering/profiles` lists.")
+    strength: Strength | None = Field(None, description="Default: the profile's own.")
+
+
 class SteeringChoice(_Strict):
-    """Which profile answers, and how strongly it is applied."""
+    """Which profile answers, how strongly it is applied, and to which tokens."""
 
     profile: str | None = Field(None, description="A name that `GET /v1/steering/profiles` lists.")
-    # Far beyond any use; further out, float32 overflows and the reply could not be computed.
-    strength: Annotated[float, Field(ge=-1e4, le=1e4)] | None = Field(
+    strength: Strength | None = Field(
         None, description="Scales the profile's edits; 0 is the unedited model. Default: its own."
+    )
+    profiles: Annotated[list[ProfileChoice], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="Several profiles, applied in this order; instead of `profile`."
+    )
+    phase: Phase | None = Field(
+        None, description="Which tokens the edits meet. Default: each edit's own phase."
     )
 
 
@@ -458,6 +475,33 @@ def template_flags(
             param="continue_final_message",
         )
     return {"add_generation_prompt": False, "continue_final_message": True}
+
+
+class ScoreRequest(_Strict):
+    """A conversation to read without answering it."""
+
+    model: str = Field(description="As in a chat request.")
+    messages: Annotated[list[Message], Field(min_length=1)]
+    steering: SteeringChoice | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The cheapest chat request that reads the same."""
+        return ChatRequest.model_construct(
+            model=self.model,
+            messages=self.messages,
+            steering=self.steering,
+            max_tokens=1,
+            temperature=0.0,
+        )
+
+
+class RegisterRequest(_Strict):
+    """A profile file in the server's `--profile-dir`."""
+
+    path: Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        description="Relative to that folder, and inside it."
+    )
+    name: str | None = Field(None, description="To serve it by; default: its own.")
 
 
 def _ignored(

@@ -28,7 +28,7 @@ from server.hosting import Host
 from server.metrics import Metrics, ReplyMeter
 from server.prepare import Prepared
 from server.profiles import finite
-from server.responses import ChoiceReceipt, PromptTokensDetails, Receipt, Usage
+from server.responses import ChoiceReceipt, ProfileUsed, PromptTokensDetails, Receipt, Usage
 from server.stops import StopStrings
 from steering.judge import Outcome
 
@@ -207,7 +207,7 @@ class Answer:
         self.host = host
         self.prepared = prepared
         self.created = int(time.time())
-        profile, choices = prepared.profile.name, prepared.body.choices
+        profile, choices = prepared.composition.label, prepared.body.choices
         self.replies = [
             Reply(
                 host,
@@ -264,10 +264,10 @@ class Answer:
     @cached_property
     def headers(self) -> dict[str, str]:
         """What is known before the first token."""
-        profile, ignored = self.prepared.profile, self.prepared.ignored
+        composition, ignored = self.prepared.composition, self.prepared.ignored
         headers = {
-            "X-Steering-Profile": profile.name,
-            "X-Steering-Fingerprint": profile.fingerprint,
+            "X-Steering-Profile": composition.name,
+            "X-Steering-Fingerprint": composition.fingerprint,
         }
         if ignored:
             headers["X-Ignored-Fields"] = ", ".join(dict.fromkeys(map(_header_safe, ignored[:20])))
@@ -286,19 +286,8 @@ class Answer:
     @property
     def receipt(self) -> Receipt:
         """That of the first choice."""
-        profile = self.prepared.profile
-        # Any, because mypy takes what is unpacked for every argument.
-        derived: dict[str, Any] = (
-            {"derived_base": True} if self.host.profiles.derived_base(profile) else {}
-        )
-        if self.prepared.out_of_template:
-            derived["monitor"] = "out_of_template"
         return Receipt(
-            profile=profile.name,
-            fingerprint=profile.fingerprint,
-            strength=self.prepared.strength,
-            **self.replies[0].receipt.model_dump(),
-            **derived,
+            **answered_by(self.host, self.prepared), **self.replies[0].receipt.model_dump()
         )
 
     def choice_receipt(self, reply: Reply) -> ChoiceReceipt | None:
@@ -322,7 +311,33 @@ class Answer:
     @property
     def system_fingerprint(self) -> str:
         weights = self.host.lm.fingerprint.weights[:8]
-        return f"fp_{weights}_{self.prepared.profile.fingerprint[:8] or 'raw'}"
+        return f"fp_{weights}_{self.prepared.composition.fingerprint[:8] or 'raw'}"
+
+
+def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:
+    """The fields of `responses.Answerer`."""
+    composition = prepared.composition
+    said: dict[str, Any] = {
+        "profile": composition.name,
+        "fingerprint": composition.fingerprint,
+        "strength": composition.strength,
+    }
+    if len(composition.parts) > 1:
+        said["profiles"] = [
+            ProfileUsed(
+                name=part.profile.name,
+                fingerprint=part.profile.fingerprint,
+                strength=part.strength,
+            )
+            for part in composition.parts
+        ]
+    if composition.phase is not None:
+        said["phase"] = composition.phase
+    if any(host.profiles.derived_base(profile) for profile in composition.profiles):
+        said["derived_base"] = True
+    if prepared.out_of_template:
+        said["monitor"] = "out_of_template"
+    return said
 
 
 def _header_safe(name: str) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.engine.base import FinishReason
 from steering.judge import Outcome
+from steering.monitor import PromptClass
 
 
 class PromptTokensDetails(BaseModel):
@@ -24,18 +25,33 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-class Receipt(BaseModel):
-    """What answered, and what was read while it did. Null where nothing was read.
+class ProfileUsed(BaseModel):
+    name: str
+    fingerprint: str
+    strength: float
 
-    `derived_base: true` is added where the profile was fitted on other weights than those served,
+
+class Answerer(BaseModel):
+    """What answered.
+
+    `profiles` (a list of ProfileUsed) is added where there are several, `phase` where the request
+    set it, `derived_base: true` where a profile was fitted on other weights than those served, and
     `monitor: "out_of_template"` where the prompt is of another form than the monitor was fitted on.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    profile: str
-    fingerprint: str = Field(description="SHA-256 of what the profile does; empty without edits.")
-    strength: float
+    profile: str = Field(description="Its name; several are joined in order, as in `a+b`.")
+    fingerprint: str = Field(
+        description="SHA-256 of what the profile does, or of the ordered effective edits of "
+        "several; empty without edits."
+    )
+    strength: float | None = Field(description="Null where there are several: each has its own.")
+
+
+class Receipt(Answerer):
+    """What answered, and what was read while it did. Null where nothing was read."""
+
     experiment: str | None = None
     arm: str | None = None
     refusal_score: float | None = Field(
@@ -205,6 +221,35 @@ class ProfileCard(BaseModel):
 class ProfileList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ProfileCard]
+
+
+class ProfileDeleted(BaseModel):
+    name: str
+    object: Literal["steering.profile.deleted"] = "steering.profile.deleted"
+    deleted: Literal[True] = True
+
+
+class Score(Answerer):
+    """What is read of a conversation before an answer. Null where nothing was read."""
+
+    id: str
+    object: Literal["steering.score"] = "steering.score"
+    model: str
+    refusal_score: float | None = Field(
+        description="Log-odds of a refusal's opening, from this profile's first logits."
+    )
+    answer_probability: float | None = Field(description="That this profile will answer.")
+    benign_probability: float | None = Field(
+        description="That the prompt is benign, as the unedited model sees it."
+    )
+    prompt_class: PromptClass = Field(description="What the benign probability amounts to.")
+    edit_norm: float | None = Field(
+        description="Norm of the edits' change over the hidden state's, at the last prompt token."
+    )
+    gate_values: list[float | None] = Field(
+        description="Of gates that are read once per prompt, in the order of the edits."
+    )
+    usage: Usage
 
 
 class Status(BaseModel):

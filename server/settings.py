@@ -25,6 +25,7 @@ from server.validation import TemplateValue, describe, parse_template_kwargs
 
 ENV_PREFIX = "PILOTHOUSE_"
 MAX_BODY_BYTES = 4 * 2**20
+MAX_PROFILE_BYTES = 256 * 2**20
 
 
 class SettingsError(ValueError):
@@ -101,6 +102,13 @@ class Settings(BaseSettings):
     )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="seconds for replies under way after SIGTERM; then they are ended"
+    )
+    profile_dir: Path | None = Field(
+        None, description="folder from which profiles may be registered by path at run time"
+    )
+    max_profiles: int = Field(64, ge=1, description="profiles served at once, `raw` included")
+    max_profile_bytes: int = Field(
+        MAX_PROFILE_BYTES, ge=1024, description="largest profile registered at run time"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")

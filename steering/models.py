@@ -191,6 +191,13 @@ class ModelFingerprint:
     template: str
     weights: str
 
+    def __post_init__(self) -> None:
+        names = (self.architecture, self.tokenizer, self.template, self.weights)
+        if not all(type(name) is str for name in names):
+            raise TypeError("a model's fingerprint is made of text")
+        if not all(type(size) is int for size in self.dimensions.values()):
+            raise TypeError("a model's dimensions are whole numbers")
+
     def mismatch(self, other: ModelFingerprint, *, allow_derived: bool = False) -> str | None:
         """Why a profile made for `self` cannot be used on `other`, or None if it can."""
         for name in ("architecture", "dimensions", "tokenizer", "template"):

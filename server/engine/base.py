@@ -7,13 +7,13 @@ server knows profiles, names and text; an engine knows none of them.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from steering.edit import AppliedEdit
+from steering.edit import AppliedEdit, Site
 
 FinishReason = Literal["stop", "length"]
 MonitorRead = Literal["always", "when-free", "off"]
@@ -235,4 +235,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop; requests under way fail with EngineStoppedError. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class InProcessEngine(Engine, Protocol):
+    """An engine whose model is in this process, so that profiles may come and go as it runs."""
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that may use the model, run between two steps.
+
+        Waits for it: from an event loop, call it in a thread. Raises EngineStoppedError.
+        """
+        ...
+
+    def attach(self, sites: Iterable[Site]) -> None:
+        """Get ready to edit and read at these sites. ValueError if the model lacks one."""
+        ...
+
+    def retain(self, sites: Iterable[Site]) -> None:
+        """Give up all other sites, each when no request uses it any more."""
         ...

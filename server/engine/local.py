@@ -26,6 +26,7 @@ from server.engine.base import (
     PromptTooLongError,
 )
 from server.engine.cache import SlotCache, available_memory, check_memory, layer_shapes
+from server.engine.hooks import Hooks
 from server.engine.masks import MaskBuilder
 from server.engine.prefix import blocks_within
 from server.engine.queue import FairQueue
@@ -100,6 +101,7 @@ class LocalEngine:
         self.prefix_cache_mib = prefix_cache_mib
         self._steering = steering or Steering(lm.sites)
         self._owns_steering = steering is None
+        self._hooks = Hooks(self._steering)
         self._vocabulary = lm.model.get_input_embeddings().num_embeddings
 
         # Shared between threads, under this lock: the queue, the calls and the state.
@@ -140,7 +142,7 @@ class LocalEngine:
         )
         self._scheduler = Scheduler(
             self.lm,
-            self._steering,
+            self._hooks,
             cache,
             self.max_num_seqs,
             self._courier,
@@ -150,7 +152,7 @@ class LocalEngine:
             prefixes=prefixes,
         )
         if self.monitor is not None:
-            self._steering.attach(self.monitor.sites)
+            self._hooks.pin(self.monitor.sites)
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
 
@@ -204,9 +206,14 @@ class LocalEngine:
         """Hook more sites, between two steps. ValueError if the model lacks one."""
         wanted = set(sites)
         if self._thread is None:
-            self._steering.attach(wanted)
+            self._hooks.pin(wanted)
         else:
-            self.call(lambda: self._steering.attach(wanted))
+            self.call(lambda: self._hooks.pin(wanted))
+
+    def retain(self, sites: Iterable[Site]) -> None:
+        """Unhook all but these sites and the monitor's, each when no request uses it any more."""
+        wanted = set(sites) | (set() if self.monitor is None else self.monitor.sites)
+        self.call(lambda: self._hooks.keep_only(wanted))
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps; it may use model and hooks.
@@ -289,6 +296,7 @@ class LocalEngine:
         scheduler.drop_ended()
         self._admit(scheduler)
         scheduler.step()
+        scheduler.sweep()
 
     def _admit(self, scheduler: Scheduler) -> None:
         with self._work:

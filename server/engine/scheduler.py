@@ -25,6 +25,7 @@ from server.engine.base import (
     StepFailedError,
 )
 from server.engine.cache import SlotCache
+from server.engine.hooks import Hooks
 from server.engine.prefix import PrefixCache
 from server.engine.rows import Row, Waiting
 from server.engine.runner import Runner
@@ -33,7 +34,6 @@ from server.engine.slots import SlotTable
 from server.engine.stream import Courier
 from steering.models import LanguageModel
 from steering.monitor import Monitor
-from steering.plan import Steering, sites_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Scheduler:
     def __init__(
         self,
         lm: LanguageModel,
-        steering: Steering,
+        hooks: Hooks,
         cache: SlotCache,
         slots: int,
         courier: Courier,
@@ -66,8 +66,8 @@ class Scheduler:
     ) -> None:
         self.slots = SlotTable(cache, slots)
         self.prefixes = PrefixCache(cache, prefixes)
-        self.runner = Runner(lm, steering, cache)
-        self.steering = steering
+        self.runner = Runner(lm, hooks.steering, cache)
+        self.hooks = hooks
         self.cache = cache
         self.capacity = slots
         self.courier = courier
@@ -104,7 +104,7 @@ class Scheduler:
         """Take a request in; there must be a free slot."""
         try:
             row = Row(waiting, self.monitor)
-            self.steering.attach(sites_of(a.edit for a in row.asked.edits))
+            self.hooks.use(row)
         except Exception as error:  # a request that cannot be set up is its own failure
             logger.exception("a request could not be set up")
             self.courier.put(waiting.outbox, StepFailedError(str(error)))
@@ -121,6 +121,11 @@ class Scheduler:
             self._attempt(self._prefill, group)
         if self.slots.decoding:
             self._attempt(self._decode, list(self.slots.decoding))
+
+    def sweep(self) -> None:
+        """Let go of hooks and edits that no row uses any more."""
+        self.hooks.sweep(self.slots.rows)
+        self.runner.forget_plans(prefill=not self.slots.prefilling, decode=not self.slots.decoding)
 
     def _attempt(self, work: Callable[[list[Row]], None], rows: list[Row]) -> None:
         """Do one forward call's work; what fails with several rows is tried with half of them."""
