@@ -11,12 +11,15 @@ import torch
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
+from server.access import DOCUMENTATION, AccessMiddleware, caller_of, declare_access
 from server.chat import Reply, complete, stream
 from server.errors import UnavailableError, install_handlers
+from server.headers import SecurityHeaders, cross_origin
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.prepare import prepare
+from server.profiles import ProfileStore
 from server.protocol import ChatRequest
 from server.responses import (
     ChatCompletion,
@@ -35,7 +38,7 @@ from server.version import VERSION
 _ERRORS = {
     400: "The request cannot be served as it is; the message says what to change.",
     404: "There is no such model or profile; the message lists what there is.",
-    429: "Too many requests wait already; `Retry-After` says when to come back.",
+    429: "Too many requests wait, or a key's minute is used up; `Retry-After` says how long.",
     500: "Something broke while this request was computed.",
     503: "The engine does not run, or the server is about to stop.",
 }
@@ -88,7 +91,12 @@ def create_app(host: Host) -> FastAPI:
     )
     app.state.host = host
     app.state.metrics = metrics
+    # The last one added sees requests first.
+    app.add_middleware(AccessMiddleware, access=host.access, metrics=metrics)
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=host.max_body_bytes)
+    if host.cors_origins:
+        app.add_middleware(cross_origin, origins=host.cors_origins)
+    app.add_middleware(SecurityHeaders, documentation=DOCUMENTATION)
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
     _add_chat(app, host, metrics)
     _add_lists(app, host)
@@ -106,8 +114,10 @@ def _add_chat(app: FastAPI, host: Host, metrics: Metrics) -> None:
         summary="Answer a conversation under a profile",
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        prepared = await prepare(host, body)
+        request.state.asked = body.asked_profile
+        prepared = await prepare(host, body, caller_of(request))
         reply = Reply(host, metrics, prepared, request.state.arrived)
+        request.state.noted = True
         if body.stream:
             return EventStream(stream(reply), reply.close, reply.headers)
         try:
@@ -120,27 +130,31 @@ def _add_chat(app: FastAPI, host: Host, metrics: Metrics) -> None:
 
 
 def _add_lists(app: FastAPI, host: Host) -> None:
-    def card(model: str) -> ModelCard:
-        return host.profiles.model_card(
+    def seen(request: Request) -> ProfileStore:
+        return caller_of(request).sees(host.profiles)
+
+    def card(profiles: ProfileStore, model: str) -> ModelCard:
+        return profiles.model_card(
             model, created=host.created, max_model_len=host.engine.max_model_len
         )
 
     @app.get("/v1/models", responses=errors(), tags=["models"], summary="List models")
-    async def list_models() -> ModelList:
-        """Every value that `model` may have in a request."""
-        return ModelList(data=[card(model) for model in host.profiles.model_ids])
+    async def list_models(request: Request) -> ModelList:
+        """Every value that `model` may have in a request with this key."""
+        profiles = seen(request)
+        return ModelList(data=[card(profiles, model) for model in profiles.model_ids])
 
     @app.get(
         "/v1/models/{model:path}", responses=errors(404), tags=["models"], summary="Show a model"
     )
-    async def show_model(model: str) -> ModelCard:
-        return card(model)
+    async def show_model(model: str, request: Request) -> ModelCard:
+        return card(seen(request), model)
 
     @app.get(
         "/v1/steering/profiles", responses=errors(), tags=["steering"], summary="List profiles"
     )
-    async def list_profiles() -> ProfileList:
-        return ProfileList(data=[host.profiles.card(profile) for profile in host.profiles])
+    async def list_profiles(request: Request) -> ProfileList:
+        return ProfileList(data=[host.profiles.card(profile) for profile in seen(request)])
 
     @app.get(
         "/v1/steering/profiles/{name}",
@@ -148,8 +162,8 @@ def _add_lists(app: FastAPI, host: Host) -> None:
         tags=["steering"],
         summary="Show a profile",
     )
-    async def show_profile(name: str) -> ProfileCard:
-        return host.profiles.card(host.profiles.resolve(name, param="name"))
+    async def show_profile(name: str, request: Request) -> ProfileCard:
+        return host.profiles.card(seen(request).resolve(name, param="name"))
 
 
 def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
@@ -183,7 +197,8 @@ def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
     )
     async def show_metrics(request: Request) -> Response:
         metrics.watch(host.engine.stats())
-        page, content_type = metrics.page(request.headers.get("accept", ""))
+        hidden = caller_of(request).hidden_labels(host.profiles)
+        page, content_type = metrics.page(request.headers.get("accept", ""), hidden)
         return Response(page, headers={"Content-Type": content_type})
 
 
@@ -213,6 +228,7 @@ def _declare_truthfully(app: FastAPI) -> None:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
+            declare_access(document)
             schemas = document["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)

@@ -22,6 +22,7 @@ from server.errors import (
     from_engine,
 )
 from server.hosting import Host
+from server.logs import current_request
 from server.metrics import Metrics, ReplyMeter
 from server.prepare import Prepared
 from server.profiles import finite
@@ -36,18 +37,30 @@ class Reply:
     """One reply under way: read `pieces` to the end, then `conclude`, and `close` in any case."""
 
     def __init__(self, host: Host, metrics: Metrics, prepared: Prepared, since: float) -> None:
-        """Submit the request. Raises EngineError where the engine turns it down."""
+        """Submit the request.
+
+        Raises EngineError where the engine turns it down, RateLimitError where the caller's
+        minute is used up.
+        """
         self.host = host
         self.prepared = prepared
+        self._request_id = current_request.get()
+        self._ended_by = "cancelled"
+        self._closed = False
+        request = prepared.request
+        prompt_tokens = len(request.prompt_ids)
+        self._charge = prepared.caller.reserve(prompt_tokens + request.sampling.max_tokens)
         self.created = int(time.time())
         self.finish_reason: FinishReason | None = None
         self._text: list[str] = []
         self._scores = PromptScores()
         self._outcome: Outcome | None = None
-        self._tokens = host.engine.generate(prepared.request)
-        self._meter = ReplyMeter(
-            metrics, prepared.profile.name, len(prepared.request.prompt_ids), since
-        )
+        try:
+            self._tokens = host.engine.generate(request)
+        except BaseException:
+            self._charge.settle(0)
+            raise
+        self._meter = ReplyMeter(metrics, prepared.profile.name, prompt_tokens, since)
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The reply's text as it comes. Raises ApiError."""
@@ -68,13 +81,13 @@ class Reply:
             if self.finish_reason is None:
                 raise EngineStoppedError("it stopped in the middle of a reply")
         except EngineError as error:
-            self._meter.end("error")
+            self._end("error")
             logger.warning("%s: %s", self.prepared.request.request_id, error)
             raise from_engine(error) from error
         except Exception:
-            self._meter.end("error")
+            self._end("error")
             raise
-        self._meter.end(self.finish_reason)
+        self._end(self.finish_reason)
 
     async def conclude(self) -> None:
         """Judge the whole reply."""
@@ -89,9 +102,40 @@ class Reply:
         self._meter.judged(prompt_class, outcome, time.perf_counter() - start)
 
     async def close(self) -> None:
-        """Cancel the request if it has not ended."""
-        self._meter.end("cancelled")
+        """Cancel the request if it has not ended, and note what became of it."""
+        if self._closed:
+            return
+        self._closed = True
+        self._meter.end(self._ended_by)
+        usage = self.usage
+        # Nobody pays for a reply that broke.
+        self._charge.settle(0 if self._ended_by == "error" else usage.total_tokens)
+        self._note(usage)
         await self._tokens.aclose()
+
+    def _end(self, reason: str) -> None:
+        self._ended_by = reason
+        self._meter.end(reason)
+
+    def _note(self, usage: Usage) -> None:
+        profile, audit = self.prepared.profile, self.host.access.audit
+        messages = [message.rendered() for message in self.prepared.body.messages]
+        audit.write(
+            request_id=self._request_id or None,
+            id=self.prepared.request.request_id,
+            key=self.prepared.caller.id or None,
+            profile=profile.name,
+            fingerprint=profile.fingerprint,
+            strength=self.prepared.strength,
+            experiment=None,
+            arm=None,
+            outcome=self._outcome or self._ended_by,
+            finish_reason=self._ended_by,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            red_team=profile.red_team,
+            **({"messages": messages, "reply": self.text} if audit.with_text else {}),
+        )
 
     @property
     def text(self) -> str:

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 import steering
+from server.access import Access
+from server.audit import AuditLog
 from server.engine.base import Engine
 from server.engine.local import LocalEngine
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
-from server.settings import MAX_BODY_BYTES, Settings
+from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, Settings
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
@@ -29,6 +31,14 @@ DEMO_NAME = "demo"
 DEMO = Path(steering.__path__[0]) / "demo"
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The most that a request may bring."""
+
+    messages: int = MAX_MESSAGES
+    prompt_characters: int | None = None
+
+
 @dataclass
 class Host:
     """What the endpoints work with.
@@ -37,6 +47,8 @@ class Host:
         judge: outcome of a reply's text; called off the event loop.
         monitor: says what class a prompt's benign probability means.
         max_body_bytes: longer request bodies are refused unread.
+        limits: what else is refused before any work.
+        access: who may do what; without keys, everybody who can connect may do everything.
     """
 
     engine: Engine
@@ -45,6 +57,9 @@ class Host:
     judge: Callable[[str], Outcome] = judge
     monitor: Monitor | None = None
     max_body_bytes: int = MAX_BODY_BYTES
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+    cors_origins: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -58,6 +73,7 @@ class Host:
     def close(self) -> None:
         self.draining = True
         self.engine.close()
+        self.access.audit.close()
 
     @property
     def ready(self) -> bool:
@@ -75,6 +91,7 @@ def open_host(settings: Settings) -> Host:
 
     Raises ValueError, in one line that says what to do, for whatever cannot be served.
     """
+    access = open_access(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     lm = _load(settings)
@@ -109,7 +126,27 @@ def open_host(settings: Settings) -> Host:
     )
     if settings.fold is None:
         engine.attach(sites_of(edit for profile in store for edit in profile.edits))
-    return Host(engine, lm, store, monitor=monitor, max_body_bytes=settings.max_body_bytes)
+    return Host(
+        engine,
+        lm,
+        store,
+        monitor=monitor,
+        max_body_bytes=settings.max_body_bytes,
+        limits=Limits(settings.max_messages, settings.max_prompt_chars),
+        access=access,
+        cors_origins=tuple(settings.cors_origin),
+    )
+
+
+def open_access(settings: Settings) -> Access:
+    """Keys and audit log as the settings ask. Raises ValueError."""
+    try:
+        audit = AuditLog(settings.audit_log, with_text=settings.audit_prompts)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write --audit-log {settings.audit_log}: {error.strerror}"
+        ) from None
+    return Access(settings.keys, protect_metrics=settings.protect_metrics, audit=audit)
 
 
 def _check_answers(lm: LanguageModel) -> None:

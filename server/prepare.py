@@ -7,9 +7,11 @@ import re
 import uuid
 from dataclasses import dataclass
 
+from server.access import Caller
 from server.engine.base import EngineRequest, Sampling
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from server.hosting import Host
+from server.profiles import ProfileStore
 from server.protocol import ChatRequest
 from steering.edit import AppliedEdit
 from steering.profile import Profile
@@ -22,21 +24,22 @@ CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was understood: who answers, and what the engine is asked."""
+    """A request that was understood: who asks, who answers, and what the engine is asked."""
 
     body: ChatRequest
+    caller: Caller
     profile: Profile
     strength: float
     request: EngineRequest
     ignored: tuple[str, ...]
 
 
-async def prepare(host: Host, body: ChatRequest) -> Prepared:
+async def prepare(host: Host, body: ChatRequest, caller: Caller) -> Prepared:
     """Check a request and render its prompt. Raises ApiError."""
     ignored = body.check()
     if not host.ready:
         raise UnavailableError("The server cannot take requests now.", headers={"Retry-After": "5"})
-    profile, strength, edits = choose_edits(host, body)
+    profile, strength, edits = choose_edits(caller.sees(host.profiles), body)
     prompt = await render_prompt(host, body)
     request = EngineRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -44,22 +47,29 @@ async def prepare(host: Host, body: ChatRequest) -> Prepared:
         sampling=_sampling(body, len(prompt), host.engine.max_model_len),
         edits=edits,
         answer_probe=_answer_probe(profile, strength),
+        client=caller.id,
     )
     try:
         host.engine.check(request)
     except ValueError as error:
         raise InvalidRequestError(_one_line(error)) from error
-    return Prepared(body, profile, strength, request, tuple(ignored))
+    return Prepared(body, caller, profile, strength, request, tuple(ignored))
 
 
-def choose_edits(host: Host, body: ChatRequest) -> tuple[Profile, float, tuple[AppliedEdit, ...]]:
-    """The profile that answers, its strength, and what the engine applies. Raises ApiError."""
+def choose_edits(
+    profiles: ProfileStore, body: ChatRequest
+) -> tuple[Profile, float, tuple[AppliedEdit, ...]]:
+    """The profile that answers, its strength, and what the engine applies. Raises ApiError.
+
+    Args:
+        profiles: those that exist for the caller.
+    """
     steering = body.steering
-    profile = host.profiles.choose(body.model, steering.profile if steering is not None else None)
+    profile = profiles.choose(body.model, steering.profile if steering is not None else None)
     strength = profile.strength
     if steering is not None and steering.strength is not None:
         strength = steering.strength
-    if profile.name != host.profiles.folded:
+    if profile.name != profiles.folded:
         return profile, strength, profile.applied(strength)
     if strength != profile.strength:
         raise InvalidRequestError(
@@ -72,8 +82,21 @@ def choose_edits(host: Host, body: ChatRequest) -> tuple[Profile, float, tuple[A
 
 async def render_prompt(host: Host, body: ChatRequest) -> list[int]:
     """Token ids of the conversation in the model's chat template. Raises ApiError."""
+    limits = host.limits
+    if len(body.messages) > limits.messages:
+        raise InvalidRequestError(
+            f"There are {len(body.messages)} messages and this server takes {limits.messages} "
+            "(--max-messages); leave some out.",
+            param="messages",
+        )
     messages = [message.rendered() for message in body.messages]
     characters = sum(len(message["content"]) for message in messages)
+    if limits.prompt_characters is not None and characters > limits.prompt_characters:
+        raise ContextLengthError(
+            f"The messages have {characters} characters and this server takes "
+            f"{limits.prompt_characters} (--max-prompt-chars); shorten them.",
+            param="messages",
+        )
     if characters > CHARACTERS_PER_TOKEN * host.engine.max_model_len:
         # Tokenising this would take long, only to find that it does not fit.
         raise ContextLengthError(

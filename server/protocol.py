@@ -11,11 +11,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from server.errors import InvalidRequestError
+from server.validation import MOST_MESSAGES, MOST_MISTAKES
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
 # for nothing. Null asks for nothing everywhere.
@@ -108,7 +118,8 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
+        Annotated[str, Tag("<string>")]
+        | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
         Discriminator(_content_kind),
     ] = Field(description="Text, or a list of text parts, which are joined by newlines.")
 
@@ -141,7 +152,24 @@ class SteeringChoice(_Strict):
     )
 
 
-class ChatRequest(_Strict):
+class Body(_Strict):
+    """A request's body, whose mistakes are not even listed if there are very many.
+
+    Listing them is slow: a small body can hold a million.
+    """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _stop_at_many(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            if (count := error.error_count()) > MOST_MISTAKES:
+                raise InvalidRequestError(f"The body has {count} mistakes.") from None
+            raise
+
+
+class ChatRequest(Body):
     """A conversation to continue."""
 
     model_config = ConfigDict(
@@ -158,7 +186,7 @@ class ChatRequest(_Strict):
     )
 
     model: str = Field(description="The served name, or `<served name>:<profile>`.")
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     steering: SteeringChoice | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="End the reply after this many tokens. Default: 256, or what fits."
@@ -191,6 +219,12 @@ class ChatRequest(_Strict):
         ]
         | None
     ) = None
+
+    @property
+    def asked_profile(self) -> dict[str, str]:
+        """Who was asked for, in short, for the audit log."""
+        profile = self.steering and self.steering.profile
+        return {"model": self.model[:200]} | ({"profile": profile[:200]} if profile else {})
 
     @property
     def asked_tokens(self) -> int | None:

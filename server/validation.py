@@ -6,6 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+MOST_MESSAGES = 10_000
+"""Of one request, whatever the settings say. More are not even looked at."""
+
+MOST_MISTAKES = 1000
+"""Of one request that are told apart."""
+
 MAX_ECHOED = 200
 """Characters of what was given that a message repeats."""
 
@@ -30,6 +36,8 @@ def describe(error: Mapping[str, Any], path: str) -> str:
         return f"{path!r} is not a key that is known here; remove it or check its spelling"
     if kind == "too_short":
         return f"{path!r} must not be empty"
+    if kind == "too_long":
+        return f"{path!r} holds too much: {message}"
     if kind in ("value_error", "assertion_error"):
         return message.partition(", ")[2]
     echoed = (

@@ -62,6 +62,7 @@ class EngineRequest:
         prompt_ids: token ids of the rendered prompt, at least one.
         answer_probe: key of the monitor's answer probe to read: a profile's fingerprint, `""` for
             raw; None to read none.
+        client: who asks; requests of different clients share the engine fairly.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class EngineRequest:
     sampling: Sampling = field(default_factory=Sampling)
     edits: tuple[AppliedEdit, ...] = ()
     answer_probe: str | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True)

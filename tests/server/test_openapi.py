@@ -25,7 +25,7 @@ def test_every_endpoint_declares_its_errors_as_envelopes() -> None:
 
 def test_chat_declares_both_kinds_of_answer_and_all_errors() -> None:
     responses = document()["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "429", "500", "503"}
+    assert set(responses) == {"200", "400", "401", "403", "404", "413", "429", "500", "503"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "X-Steering-Profile" in responses["200"]["headers"]
 
