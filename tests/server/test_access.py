@@ -628,7 +628,7 @@ def test_log_lines_say_which_request_and_whose(form: str) -> None:
 # Whatever is sent
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.one_of(
         st.binary(max_size=60),
