@@ -12,10 +12,12 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
+from server.access import DOCUMENTATION, AccessMiddleware, caller_of, declare_access
 from server.admin import add_admin
 from server.chat import complete, stream
 from server.completions import complete_text, stream_text
 from server.errors import UnavailableError, install_handlers
+from server.headers import SecurityHeaders, cross_origin
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
@@ -27,7 +29,7 @@ from server.prepare import (
     render_prompt,
     tokenize_text,
 )
-from server.profiles import COMPOSED
+from server.profiles import COMPOSED, ProfileStore
 from server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
 from server.reply import Answer
 from server.responses import (
@@ -92,7 +94,12 @@ def create_app(host: Host) -> FastAPI:
     )
     app.state.host = host
     app.state.metrics = metrics
+    # The last one added sees requests first.
+    app.add_middleware(AccessMiddleware, access=host.access, metrics=metrics)
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=host.max_body_bytes)
+    if host.cors_origins:
+        app.add_middleware(cross_origin, origins=host.cors_origins)
+    app.add_middleware(SecurityHeaders, documentation=DOCUMENTATION)
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
     _add_generation(app, host, metrics)
     add_score(app, host)
@@ -111,6 +118,7 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
         stream: Callable[[Answer], AsyncGenerator[str, None]],
     ) -> Response:
         answer = Answer(host, metrics, prepared, request.state.arrived)
+        request.state.noted = True
         if prepared.body.stream:
             return EventStream(stream(answer), answer.close, answer.headers)
         try:
@@ -129,7 +137,9 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
         summary="Answer a conversation under a profile",
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        return await respond(request, await prepare(host, body), complete, stream)
+        request.state.asked = body.asked_profile
+        prepared = await prepare(host, body, caller_of(request))
+        return await respond(request, prepared, complete, stream)
 
     @app.post(
         "/v1/completions",
@@ -139,14 +149,15 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
         summary="Continue plain text under a profile",
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        prepared = await prepare_completion(host, body)
+        request.state.asked = body.asked_profile
+        prepared = await prepare_completion(host, body, caller_of(request))
         return await respond(request, prepared, complete_text, stream_text)
 
     @app.post("/tokenize", responses=errors(400, 404), tags=["chat"], summary="Count a prompt")
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
         """The tokens that a prompt, or messages in the chat template, are to the model."""
         body.check()
-        host.profiles.choose(body.model)
+        caller_of(request).sees(host.profiles).choose(body.model)
         if body.prompt is not None:
             tokens = await tokenize_text(host, body.prompt, body.add_special_tokens is not False)
         else:
@@ -164,27 +175,31 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
 
 
 def _add_lists(app: FastAPI, host: Host) -> None:
-    def card(model: str) -> ModelCard:
-        return host.profiles.model_card(
+    def seen(request: Request) -> ProfileStore:
+        return caller_of(request).sees(host.profiles)
+
+    def card(profiles: ProfileStore, model: str) -> ModelCard:
+        return profiles.model_card(
             model, created=host.created, max_model_len=host.engine.max_model_len
         )
 
     @app.get("/v1/models", responses=errors(), tags=["models"], summary="List models")
-    async def list_models() -> ModelList:
-        """Every value that `model` may have in a request."""
-        return ModelList(data=[card(model) for model in host.profiles.model_ids])
+    async def list_models(request: Request) -> ModelList:
+        """Every value that `model` may have in a request with this key."""
+        profiles = seen(request)
+        return ModelList(data=[card(profiles, model) for model in profiles.model_ids])
 
     @app.get(
         "/v1/models/{model:path}", responses=errors(404), tags=["models"], summary="Show a model"
     )
-    async def show_model(model: str) -> ModelCard:
-        return card(model)
+    async def show_model(model: str, request: Request) -> ModelCard:
+        return card(seen(request), model)
 
     @app.get(
         "/v1/steering/profiles", responses=errors(), tags=["steering"], summary="List profiles"
     )
-    async def list_profiles() -> ProfileList:
-        return ProfileList(data=[host.profiles.card(profile) for profile in host.profiles])
+    async def list_profiles(request: Request) -> ProfileList:
+        return ProfileList(data=[host.profiles.card(profile) for profile in seen(request)])
 
     @app.get(
         "/v1/steering/profiles/{name}",
@@ -192,8 +207,8 @@ def _add_lists(app: FastAPI, host: Host) -> None:
         tags=["steering"],
         summary="Show a profile",
     )
-    async def show_profile(name: str) -> ProfileCard:
-        return host.profiles.card(host.profiles.resolve(name, param="name"))
+    async def show_profile(name: str, request: Request) -> ProfileCard:
+        return host.profiles.card(seen(request).resolve(name, param="name"))
 
 
 def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
@@ -227,7 +242,8 @@ def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
     )
     async def show_metrics(request: Request) -> Response:
         metrics.watch(host.engine.stats())
-        page, content_type = metrics.page(request.headers.get("accept", ""))
+        hidden = caller_of(request).hidden_labels(host.profiles)
+        page, content_type = metrics.page(request.headers.get("accept", ""), hidden)
         return Response(page, headers={"Content-Type": content_type})
 
 
@@ -257,6 +273,7 @@ def _declare_truthfully(app: FastAPI) -> None:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
+            declare_access(document)
             schemas = document["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)

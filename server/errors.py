@@ -3,11 +3,13 @@
     ApiError                      status  code
       InvalidRequestError         400     invalid_value, unsupported_parameter, ...
         ContextLengthError        400     context_length_exceeded
-      ForbiddenError              403     forbidden
+      UnauthorizedError           401     invalid_api_key
+      ForbiddenError              403     insufficient_scope, forbidden
       NotFoundError               404     model_not_found, not_found
       ConflictError               409     conflict
       BodyTooLargeError           413     body_too_large
       OverloadedError             429     queue_full, with Retry-After
+      RateLimitError              429     rate_limit_exceeded, with Retry-After
       InternalError               500     internal_error
       UnavailableError            503     engine_stopped
 
@@ -89,6 +91,24 @@ class ContextLengthError(InvalidRequestError):
     reason = "context_length"
 
 
+class UnauthorizedError(ApiError):
+    """No key, or one that is not valid (any more)."""
+
+    status = 401
+    type = "invalid_request_error"  # as OpenAI has it
+    default_code = "invalid_api_key"
+    reason = "unauthorized"
+
+
+class ForbiddenError(ApiError):
+    """The key is valid, but not for this; or the server was not told to allow it."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_scope"
+    reason = "forbidden"
+
+
 class NotFoundError(ApiError):
     """No such model, profile or experiment."""
 
@@ -96,15 +116,6 @@ class NotFoundError(ApiError):
     type = "invalid_request_error"
     default_code = "model_not_found"
     reason = "not_found"
-
-
-class ForbiddenError(ApiError):
-    """This server was not told to allow that."""
-
-    status = 403
-    type = "permission_error"
-    default_code = "forbidden"
-    reason = "forbidden"
 
 
 class ConflictError(ApiError):
@@ -134,6 +145,15 @@ class OverloadedError(ApiError):
     reason = "queue_full"
 
 
+class RateLimitError(ApiError):
+    """The key has used up its minute."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+    reason = "rate_limited"
+
+
 class InternalError(ApiError):
     """Something broke while this request was computed; others are not concerned."""
 
@@ -161,11 +181,13 @@ REJECTION_REASONS = sorted(
     for kind in (
         InvalidRequestError,
         ContextLengthError,
+        UnauthorizedError,
         ForbiddenError,
         NotFoundError,
         ConflictError,
         BodyTooLargeError,
         OverloadedError,
+        RateLimitError,
         InternalError,
         UnavailableError,
         DeadlineError,

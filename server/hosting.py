@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 import steering
+from server.access import Access
+from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
-from server.settings import MAX_BODY_BYTES, MAX_PROFILE_BYTES, Settings
+from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
 from server.token_text import TokenTexts
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
@@ -48,6 +50,14 @@ class RegistrationLimits:
     max_bytes: int = MAX_PROFILE_BYTES
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The most that a request may bring."""
+
+    messages: int = MAX_MESSAGES
+    prompt_characters: int | None = None
+
+
 @dataclass
 class Host:
     """What the endpoints work with.
@@ -59,6 +69,8 @@ class Host:
         max_body_bytes: longer request bodies are refused unread.
         request_timeout: seconds that a request may take, waiting and computing.
         registration: limits on profiles that come while the server runs.
+        limits: what else is refused before any work.
+        access: who may do what; without keys, everybody who can connect may do everything.
     """
 
     engine: Engine
@@ -70,6 +82,9 @@ class Host:
     max_body_bytes: int = MAX_BODY_BYTES
     request_timeout: float = math.inf
     registration: RegistrationLimits = RegistrationLimits()
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+    cors_origins: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -83,6 +98,7 @@ class Host:
     def close(self) -> None:
         self.draining = True
         self.engine.close()
+        self.access.audit.close()
 
     @cached_property
     def token_texts(self) -> TokenTexts:
@@ -111,6 +127,7 @@ def open_host(settings: Settings) -> Host:
 
     Raises ValueError, in one line that says what to do, for whatever cannot be served.
     """
+    access = open_access(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     lm = _load(settings)
@@ -158,7 +175,21 @@ def open_host(settings: Settings) -> Host:
         registration=RegistrationLimits(
             settings.profile_dir, settings.max_profiles, settings.max_profile_bytes
         ),
+        limits=Limits(settings.max_messages, settings.max_prompt_chars),
+        access=access,
+        cors_origins=tuple(settings.cors_origin),
     )
+
+
+def open_access(settings: Settings) -> Access:
+    """Keys and audit log as the settings ask. Raises ValueError."""
+    try:
+        audit = AuditLog(settings.audit_log, with_text=settings.audit_prompts)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write --audit-log {settings.audit_log}: {error.strerror}"
+        ) from None
+    return Access(settings.keys, protect_metrics=settings.protect_metrics, audit=audit)
 
 
 def _check_answers(lm: LanguageModel) -> None:

@@ -7,7 +7,7 @@ rates are right from the first event. Labels are never text of clients.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import get_args
 from weakref import WeakSet
 
@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 
 from server.engine.base import EngineStats, PromptScores
 from server.errors import REJECTION_REASONS
+from server.redact import RedactedRegistry
 from steering.judge import Outcome
 from steering.monitor import PromptClass
 
@@ -126,6 +127,9 @@ class Metrics:
             "model", "architecture", "weights", "revision", "dtype", "device",
         )  # fmt: skip
         self.build_info = self._gauge("build_info", "Always 1; what runs.", "version", "torch")
+        self.audit_lost = self._counter(
+            "audit_records_lost", "Lines that the audit log could not keep."
+        )
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by route and class of status.",
             "route", "method", "status",
@@ -201,10 +205,15 @@ class Metrics:
         self.waiting.set(stats.waiting)
         self.slots_used.set(stats.slots_used)
 
-    def page(self, accept: str) -> tuple[bytes, str]:
-        """The metrics page in the format that the scraper prefers, and its content type."""
+    def page(self, accept: str, hidden: Collection[str] = ()) -> tuple[bytes, str]:
+        """The metrics page in the format that the scraper prefers, and its content type.
+
+        Args:
+            hidden: profiles whose series are summed under `restricted`.
+        """
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        registry = RedactedRegistry(self.registry, hidden) if hidden else self.registry
+        return encode(registry), content_type
 
     @property
     def names(self) -> list[str]:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from server.access import Caller
 from server.composition import Composition, compose
 from server.engine.base import EngineRequest, PromptTooLongError, Sampling, SamplingError
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
@@ -17,6 +18,7 @@ from server.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    Message,
     TokenizeRequest,
 )
 from server.templating import WITHOUT_TEMPLATE, Reading, asked_kwargs, reading
@@ -32,7 +34,7 @@ CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was understood: who answers, and what the engine is asked.
+    """A request that was understood: who asks, who answers, and what the engine is asked.
 
     Args:
         requests: one per choice; those of the first prompt come first.
@@ -41,6 +43,7 @@ class Prepared:
 
     id: str
     body: GenerationRequest
+    caller: Caller
     composition: Composition
     requests: tuple[EngineRequest, ...]
     ignored: tuple[str, ...]
@@ -57,24 +60,24 @@ def profiles_used(prepared: Prepared) -> tuple[Profile, ...]:
     return prepared.composition.profiles
 
 
-async def prepare(host: Host, body: ChatRequest) -> Prepared:
+async def prepare(host: Host, body: ChatRequest, caller: Caller) -> Prepared:
     """Check a chat request and render its prompt. Raises ApiError."""
     ignored = body.check()
     _check_ready(host)
-    composition = compose(host.profiles, body.model, body.steering)
+    composition = compose(caller.sees(host.profiles), body.model, body.steering)
     _check_choices(host, body, 1)
     prompt = await render_prompt(host, body)
     return _prepared(
-        host, body, "chatcmpl", composition, [prompt], ignored, reading(host, body, prompt),
+        host, body, caller, "chatcmpl", composition, [prompt], ignored, reading(host, body, prompt),
         param="messages", default_tokens=DEFAULT_MAX_TOKENS,
     )  # fmt: skip
 
 
-async def prepare_completion(host: Host, body: CompletionRequest) -> Prepared:
+async def prepare_completion(host: Host, body: CompletionRequest, caller: Caller) -> Prepared:
     """Check a plain completion and tokenise its prompts. Raises ApiError."""
     ignored = body.check()
     _check_ready(host)
-    composition = compose(host.profiles, body.model, body.steering)
+    composition = compose(caller.sees(host.profiles), body.model, body.steering)
     _check_choices(host, body, len(body.prompts))
     special = body.add_special_tokens is not False
     prompts = [
@@ -83,7 +86,7 @@ async def prepare_completion(host: Host, body: CompletionRequest) -> Prepared:
     ]
     readable = Reading() if host.monitor is None else WITHOUT_TEMPLATE
     return _prepared(
-        host, body, "cmpl", composition, prompts, ignored, readable, param="prompt",
+        host, body, caller, "cmpl", composition, prompts, ignored, readable, param="prompt",
         default_tokens=DEFAULT_COMPLETION_TOKENS,
     )  # fmt: skip
 
@@ -91,6 +94,7 @@ async def prepare_completion(host: Host, body: CompletionRequest) -> Prepared:
 def _prepared(
     host: Host,
     body: GenerationRequest,
+    caller: Caller,
     kind: str,
     composition: Composition,
     prompts: Sequence[Sequence[int]],
@@ -112,13 +116,16 @@ def _prepared(
             answer_probe=composition.answer_probe if probes else None,
             benign_read=host.monitor_read if probes else "off",
             refusal_score=readable.refusal_score,
+            client=caller.id,
             deadline=time.monotonic() + host.request_timeout,
         )
         _check(host, request, param)
         requests += [_choice(request, i) for i in range(body.choices)]
     if len(requests) > 1:
         requests = [replace(r, request_id=f"{id}-{i}") for i, r in enumerate(requests)]
-    return Prepared(id, body, composition, tuple(requests), tuple(ignored), not readable.probes)
+    return Prepared(
+        id, body, caller, composition, tuple(requests), tuple(ignored), not readable.probes
+    )
 
 
 def _choice(request: EngineRequest, index: int) -> EngineRequest:
@@ -159,6 +166,7 @@ def _check(host: Host, request: EngineRequest, param: str) -> None:
 
 async def render_prompt(host: Host, body: ChatRequest | TokenizeRequest) -> list[int]:
     """Token ids of the conversation in the model's chat template. Raises ApiError."""
+    _check_count(host, body.messages or ())
     messages = [message.rendered() for message in body.messages or ()]
     check_text(host, [message["content"] for message in messages], "messages")
     flags = {**body.template_flags, **asked_kwargs(host, body)}
@@ -178,9 +186,24 @@ async def tokenize_text(host: Host, text: str, add_special_tokens: bool) -> list
     return list(encoded["input_ids"])
 
 
+def _check_count(host: Host, messages: Sequence[Message]) -> None:
+    if len(messages) > host.limits.messages:
+        raise InvalidRequestError(
+            f"There are {len(messages)} messages and this server takes {host.limits.messages} "
+            "(--max-messages); leave some out.",
+            param="messages",
+        )
+
+
 def check_text(host: Host, texts: Sequence[str], param: str) -> None:
     """Raise ApiError for text that cannot be tokenised, or only to find that it does not fit."""
-    characters = sum(map(len, texts))
+    characters, most = sum(map(len, texts)), host.limits.prompt_characters
+    if most is not None and characters > most:
+        raise ContextLengthError(
+            f"The {param} {'has' if param == 'prompt' else 'have'} {characters} characters and "
+            f"this server takes {most} (--max-prompt-chars); send less.",
+            param=param,
+        )
     if characters > CHARACTERS_PER_TOKEN * host.engine.max_model_len:
         raise ContextLengthError(
             f"This server takes {host.engine.max_model_len} tokens, prompt and reply together. The "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class ProfileStore:
     """Profiles by name, checked against one model. `raw` is always among them.
 
     Any thread may read, add and remove at any time: a reader sees all of a change or none of it.
+    `red_team_names` are those of all red-team profiles there ever were.
 
     Args:
         served_name: what clients call the model.
@@ -55,6 +57,7 @@ class ProfileStore:
         # Never changed in place, so that readers need no lock.
         self._profiles: Mapping[str, Profile] = {RAW.name: RAW}
         self._writing = threading.Lock()
+        self.red_team_names: set[str] = set()
         for profile in profiles:
             self.add(profile)
         for file in files:
@@ -95,6 +98,8 @@ class ProfileStore:
                     f"{where}there is a profile named {profile.name} already; rename one of them"
                 )
             self._profiles = {**self._profiles, profile.name: profile}
+            if profile.red_team:
+                self.red_team_names.add(profile.name)
 
     def check(self, profile: Profile) -> None:
         """Raise ProfileError if the profile does not fit the model, or its name is reserved."""
@@ -116,6 +121,16 @@ class ProfileStore:
             self._profiles = {k: v for k, v in self._profiles.items() if k != name}
             return profile
 
+    def seen_by(self, permits: Callable[[Iterable[Profile]], bool]) -> ProfileStore:
+        """This store for somebody for whom only permitted profiles exist.
+
+        Whatever it says, lists and errors alike, is what a store would say that never had others.
+        """
+        view = copy.copy(self)
+        view._profiles = {profile.name: profile for profile in self if permits((profile,))}
+        view.folded = self.folded if self.folded in view._profiles else None
+        return view
+
     def __iter__(self) -> Iterator[Profile]:
         """The profiles that can be asked for."""
         return iter(p for p in self._profiles.values() if self.folded in (None, p.name))
@@ -136,7 +151,7 @@ class ProfileStore:
             return self._profiles[name]
         except KeyError:
             raise NotFoundError(
-                f"There is no profile {_short(name)!r}. There is {', '.join(self.names)}.",
+                f"There is no profile {_short(name)!r}.{_there_is(self.names)}",
                 param=param,
             ) from None
 
@@ -148,6 +163,8 @@ class ProfileStore:
         named = self.named_by(model)
         profile = None if named is None else self.resolve(named)
         if wanted is None:
+            if profile is None and self.default_name not in self._profiles:
+                raise self._no_model(model)
             return profile or self.resolve(self.default_name)
         asked = self.resolve(wanted, param="steering.profile")
         if profile not in (None, asked):
@@ -171,15 +188,17 @@ class ProfileStore:
                     f"There is no experiment {_short(rest[1:])!r}; this server runs none.",
                     param="model",
                 )
-        raise NotFoundError(
-            f"There is no model {_short(model)!r}. There is {', '.join(self.model_ids)}.",
-            param="model",
-        )
+        raise self._no_model(model)
+
+    def _no_model(self, model: str) -> NotFoundError:
+        there_is = _there_is(self.model_ids)
+        return NotFoundError(f"There is no model {_short(model)!r}.{there_is}", param="model")
 
     @property
     def model_ids(self) -> list[str]:
         """Every value of `model` that can be asked for."""
-        return [self.served_name, *(f"{self.served_name}:{name}" for name in self.names)]
+        default = [self.served_name] if self.default_name in self._profiles else []
+        return [*default, *(f"{self.served_name}:{name}" for name in self.names)]
 
     def model_card(self, model: str, *, created: int, max_model_len: int) -> ModelCard:
         """What `GET /v1/models` says of a model. Raises NotFoundError."""
@@ -247,6 +266,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def _there_is(names: Iterable[str]) -> str:
+    listed = ", ".join(names)
+    return f" There is {listed}." if listed else ""
 
 
 def _short(name: str) -> str:

@@ -12,13 +12,23 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
-from server.validation import TemplateValue
+from server.validation import MOST_MESSAGES, MOST_MISTAKES, TemplateValue
 from steering.edit import Phase
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
@@ -108,7 +118,8 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
+        Annotated[str, Tag("<string>")]
+        | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
         Discriminator(_content_kind),
     ] = Field(description="Text, or a list of text parts, which are joined by newlines.")
 
@@ -168,7 +179,31 @@ _StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class GenerationRequest(_Strict):
+class Body(_Strict):
+    """A request's body, whose mistakes are not even listed if there are very many.
+
+    Listing them is slow: a small body can hold a million.
+    """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _stop_at_many(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            if (count := error.error_count()) > MOST_MISTAKES:
+                raise InvalidRequestError(f"The body has {count} mistakes.") from None
+            raise
+
+
+def asked_profile(model: str, steering: SteeringChoice | None) -> dict[str, str]:
+    """Who was asked for, in short, for the audit log."""
+    named = [choice.name for choice in (steering and steering.profiles) or ()]
+    profile = (steering and steering.profile) or "+".join(named)
+    return {"model": model[:200]} | ({"profile": profile[:200]} if profile else {})
+
+
+class GenerationRequest(Body):
     """What chat and plain completions have in common."""
 
     model_config = ConfigDict(extra="allow")
@@ -250,6 +285,16 @@ class GenerationRequest(_Strict):
         return value
 
     @property
+    def asked_profile(self) -> dict[str, str]:
+        """Who was asked for, in short, for the audit log."""
+        return asked_profile(self.model, self.steering)
+
+    @property
+    @abstractmethod
+    def audited_prompt(self) -> dict[str, Any]:
+        """What was asked, for audit logs that hold text."""
+
+    @property
     def asked_tokens(self) -> int | None:
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
@@ -303,7 +348,7 @@ class ChatRequest(GenerationRequest):
         },
     )
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     chat_template_kwargs: TemplateKwargs | None = Field(
         None, description="Passed to the model's chat template, as `enable_thinking`."
     )
@@ -321,6 +366,10 @@ class ChatRequest(GenerationRequest):
         description="Continue the last message, which is the assistant's. The reply holds only "
         "what follows it.",
     )
+
+    @property
+    def audited_prompt(self) -> dict[str, Any]:
+        return {"messages": [message.rendered() for message in self.messages]}
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -390,6 +439,10 @@ class CompletionRequest(GenerationRequest):
     )  # fmt: skip
 
     @property
+    def audited_prompt(self) -> dict[str, Any]:
+        return {"prompt": self.prompt}
+
+    @property
     def wanted_logprobs(self) -> int | None:
         return self.logprobs
 
@@ -413,7 +466,7 @@ class CompletionRequest(GenerationRequest):
         return ignored + super().check()
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(Body):
     """A prompt to count: `prompt` for plain completions or `messages` for chat."""
 
     model_config = ConfigDict(
@@ -422,7 +475,7 @@ class TokenizeRequest(_Strict):
 
     model: str = Field(description="The served name, or `<served name>:<profile>`.")
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     chat_template_kwargs: TemplateKwargs | None = Field(
         None, description="Passed to the model's chat template, as `enable_thinking`."
     )
@@ -477,11 +530,11 @@ def template_flags(
     return {"add_generation_prompt": False, "continue_final_message": True}
 
 
-class ScoreRequest(_Strict):
+class ScoreRequest(Body):
     """A conversation to read without answering it."""
 
     model: str = Field(description="As in a chat request.")
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     steering: SteeringChoice | None = None
 
     def as_chat(self) -> ChatRequest:
@@ -495,7 +548,7 @@ class ScoreRequest(_Strict):
         )
 
 
-class RegisterRequest(_Strict):
+class RegisterRequest(Body):
     """A profile file in the server's `--profile-dir`."""
 
     path: Annotated[str, Field(min_length=1, max_length=1024)] = Field(

@@ -25,8 +25,9 @@ from server.engine.base import (
 )
 from server.errors import from_engine
 from server.hosting import Host
+from server.logs import current_request
 from server.metrics import Metrics, ReplyMeter
-from server.prepare import Prepared
+from server.prepare import Prepared, profiles_used
 from server.profiles import finite
 from server.responses import ChoiceReceipt, ProfileUsed, PromptTokensDetails, Receipt, Usage
 from server.stops import StopStrings
@@ -117,7 +118,9 @@ class Reply:
         self._prepared = prepared
         self._text: list[str] = []
         self._scores = PromptScores()
-        self._outcome: Outcome | None = None
+        self.outcome: Outcome | None = None
+        self.ended_by = "cancelled"
+        """A finish reason, `error` or `cancelled`."""
         self._stream = tokens
         self._meter = meter
 
@@ -145,13 +148,13 @@ class Reply:
             if self.finish_reason is None:
                 raise EngineStoppedError("it stopped in the middle of a reply")
         except EngineError as error:
-            self._meter.end("error")
+            self._end("error")
             logger.warning("%s: %s", self._prepared.id, error)
             raise from_engine(error) from error
         except Exception:
-            self._meter.end("error")
+            self._end("error")
             raise
-        self._meter.end(self.finish_reason)
+        self._end(self.finish_reason)
         await self._judge()
 
     async def _judge(self) -> None:
@@ -162,13 +165,17 @@ class Reply:
         except Exception:  # a reply is worth more than its judgement
             logger.exception("%s could not be judged", self._prepared.id)
             return
-        self._outcome = outcome
+        self.outcome = outcome
         prompt_class = self._host.prompt_class(self._scores.benign_probability)
         self._meter.judged(prompt_class, outcome, time.perf_counter() - start)
 
+    def _end(self, reason: str) -> None:
+        self.ended_by = reason
+        self._meter.end(reason)
+
     async def close(self) -> None:
         """Cancel the reply if it has not ended."""
-        self._meter.end("cancelled")
+        self._meter.end(self.ended_by)
         await self._stream.aclose()
 
     @property
@@ -195,7 +202,7 @@ class Reply:
             refusal_score=finite(scores.refusal_score),
             answer_probability=finite(scores.answer_probability),
             benign_probability=finite(scores.benign_probability),
-            outcome=self._outcome,
+            outcome=self.outcome,
         )
 
 
@@ -203,11 +210,26 @@ class Answer:
     """All replies to one request: read `pieces` to the end, and `close` in any case."""
 
     def __init__(self, host: Host, metrics: Metrics, prepared: Prepared, since: float) -> None:
-        """Submit the request. Raises EngineError where the engine turns it down."""
+        """Submit the request.
+
+        Raises EngineError where the engine turns it down, RateLimitError where the caller's
+        minute is used up.
+        """
         self.host = host
         self.prepared = prepared
         self.created = int(time.time())
+        self._request_id = current_request.get()
+        self._closed = False
         profile, choices = prepared.composition.label, prepared.body.choices
+        self._charge = prepared.caller.reserve(
+            sum(len(request.prompt_ids) for request in prepared.requests[::choices])
+            + sum(request.sampling.max_tokens for request in prepared.requests)
+        )
+        try:
+            streams = host.engine.generate_all(prepared.requests)
+        except BaseException:
+            self._charge.settle(0)
+            raise
         self.replies = [
             Reply(
                 host,
@@ -216,9 +238,7 @@ class Answer:
                 tokens,
                 ReplyMeter(metrics, profile, 0 if i % choices else len(request.prompt_ids), since),
             )
-            for i, (request, tokens) in enumerate(
-                zip(prepared.requests, host.engine.generate_all(prepared.requests), strict=True)
-            )
+            for i, (request, tokens) in enumerate(zip(prepared.requests, streams, strict=True))
         ]
 
     async def pieces(self) -> AsyncGenerator[tuple[Reply, Piece | None], None]:
@@ -257,9 +277,37 @@ class Answer:
             await asyncio.gather(*readers, return_exceptions=True)
 
     async def close(self) -> None:
-        """Cancel what has not ended."""
+        """Cancel what has not ended, and note what became of it."""
+        if self._closed:
+            return
+        self._closed = True
         for reply in self.replies:
             await reply.close()
+        broken = any(reply.ended_by == "error" for reply in self.replies)
+        usage = self.usage
+        # Nobody pays for an answer that broke.
+        self._charge.settle(0 if broken else usage.total_tokens)
+        self._note(usage)
+
+    def _note(self, usage: Usage) -> None:
+        audit, first = self.host.access.audit, self.replies[0]
+        note = {
+            "request_id": self._request_id or None,
+            **audit_fields(self.prepared),
+            "experiment": None,
+            "arm": None,
+            "outcome": first.outcome or first.ended_by,
+            "finish_reason": first.ended_by,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
+        if len(self.replies) > 1:
+            note["outcomes"] = [reply.outcome or reply.ended_by for reply in self.replies]
+        if audit.with_text:
+            note |= {**self.prepared.body.audited_prompt, "reply": first.text}
+            if len(self.replies) > 1:
+                note["replies"] = [reply.text for reply in self.replies]
+        audit.write(**note)
 
     @cached_property
     def headers(self) -> dict[str, str]:
@@ -312,6 +360,19 @@ class Answer:
     def system_fingerprint(self) -> str:
         weights = self.host.lm.fingerprint.weights[:8]
         return f"fp_{weights}_{self.prepared.composition.fingerprint[:8] or 'raw'}"
+
+
+def audit_fields(prepared: Prepared) -> dict[str, Any]:
+    """Who asked whom, for the audit log."""
+    composition = prepared.composition
+    return {
+        "id": prepared.id,
+        "key": prepared.caller.id or None,
+        "profile": composition.name,
+        "fingerprint": composition.fingerprint,
+        "strength": composition.strength,
+        "red_team": any(profile.red_team for profile in profiles_used(prepared)),
+    }
 
 
 def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from contextlib import aclosing
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-from server.engine.base import EngineStoppedError, EngineToken, PromptScores
+from server.access import caller_of
+from server.engine.base import EngineError, EngineStoppedError, EngineToken, PromptScores
 from server.hosting import Host
 from server.openapi import errors
 from server.prepare import Prepared, prepare
 from server.profiles import finite
-from server.protocol import ScoreRequest
-from server.reply import answered_by
+from server.protocol import ScoreRequest, asked_profile
+from server.reply import answered_by, audit_fields
 from server.responses import PromptTokensDetails, Score, Usage
 from server.sse import ClientGoneError, unless_gone
 
@@ -34,11 +35,20 @@ def add_score(app: FastAPI, host: Host) -> None:
         summary="Read a conversation without answering it",
     )
     async def score(body: ScoreRequest, request: Request) -> Response:
-        prepared = await prepare(host, body.as_chat())
+        request.state.asked = asked_profile(body.model, body.steering)
+        prepared = await prepare(host, body.as_chat(), caller_of(request))
+        charge = prepared.caller.reserve(len(prepared.request.prompt_ids))
         try:
             token = await unless_gone(_read(host, prepared), request.receive)
         except ClientGoneError:
             return Response(status_code=499)  # as in chat: nobody reads this
+        except EngineError:
+            charge.settle(0)
+            raise
+        request.state.noted = True
+        host.access.audit.write(
+            request_id=request.state.request_id, **audit_fields(prepared), outcome="scored"
+        )
         return JSONResponse(_answer(host, prepared, token).model_dump())
 
 

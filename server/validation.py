@@ -8,6 +8,11 @@ from typing import Any
 
 TemplateValue = str | int | float | bool
 """What may be passed to a chat template."""
+MOST_MESSAGES = 10_000
+"""Of one request, whatever the settings say. More are not even looked at."""
+
+MOST_MISTAKES = 1000
+"""Of one request that are told apart."""
 
 MAX_ECHOED = 200
 """Characters of what was given that a message repeats."""

@@ -198,7 +198,7 @@ def test_a_folded_profile_is_composed_with_nothing_and_has_no_phase() -> None:
 
 def test_access_sees_every_profile_of_a_composition(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Prepared] = []
-    monkeypatch.setattr("server.chat.answered_by", _remember(seen))
+    monkeypatch.setattr("server.reply.answered_by", _remember(seen))
     host, _ = served(ONE, replace(TWO, red_team=True))
     off = {"profiles": [{"name": "one"}, {"name": "two", "strength": 0}]}
     assert post(host=host, steering=off).status_code == 200
@@ -206,7 +206,7 @@ def test_access_sees_every_profile_of_a_composition(monkeypatch: pytest.MonkeyPa
 
 
 def _remember(seen: list[Prepared]) -> Any:
-    from server.chat import answered_by
+    from server.reply import answered_by
 
     def remember(host: Host, prepared: Prepared) -> dict[str, Any]:
         seen.append(prepared)
