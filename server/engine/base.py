@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from torch import Tensor
+
 from steering.edit import AppliedEdit
 
 FinishReason = Literal["stop", "length"]
@@ -54,6 +56,26 @@ class Sampling:
     max_tokens: int = 256
 
 
+class TokenConstraint(Protocol):
+    """Says which tokens may come next in one reply, as a grammar does. V is the vocabulary.
+
+    What either method raises fails the request it belongs to, and no other.
+    """
+
+    def allowed(self) -> Tensor:
+        """Bool `[V]` on the CPU: the tokens that may come next, at least one of them. Asked once
+        before each token. Columns of the logits beyond V are not allowed."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on by the token that was chosen; an end token is told too."""
+        ...
+
+    def copy(self) -> TokenConstraint:
+        """An independent constraint in the same state. Each reply has its own."""
+        ...
+
+
 @dataclass(frozen=True)
 class EngineRequest:
     """One sequence to generate.
@@ -62,6 +84,8 @@ class EngineRequest:
         prompt_ids: token ids of the rendered prompt, at least one.
         answer_probe: key of the monitor's answer probe to read: a profile's fingerprint, `""` for
             raw; None to read none.
+        constraint: which tokens may come next. The engine works on a copy, so that requests may
+            share one.
     """
 
     request_id: str
@@ -69,6 +93,7 @@ class EngineRequest:
     sampling: Sampling = field(default_factory=Sampling)
     edits: tuple[AppliedEdit, ...] = ()
     answer_probe: str | None = None
+    constraint: TokenConstraint | None = None
 
 
 @dataclass(frozen=True)
