@@ -6,7 +6,7 @@ server knows profiles, names and text; an engine knows none of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -37,23 +37,51 @@ class StepFailedError(EngineError):
     """A forward pass that held this request failed; the engine lives on."""
 
 
+class SamplingError(ValueError):
+    """A sampling parameter that has no meaning.
+
+    Args:
+        field: its name.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+
+
+MAX_TOP_LOGPROBS = 20
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens.
+    """How to choose tokens. `server.engine.sampling` says in which order these act.
 
     Args:
         temperature: 0 takes the most likely token.
         top_p: keep the smallest set of tokens with this probability mass.
         top_k: keep this many tokens; 0 keeps all.
+        min_p: keep tokens at least this share as likely as the most likely one.
+        presence_penalty: taken from the logit of every token that was generated.
+        frequency_penalty: the same, times how often.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens of
+            the prompt and of those generated (CTRL, arXiv 1909.05858).
+        logit_bias: added to the logits of these token ids.
         seed: makes the choice reproducible, whoever else is in the batch.
         max_tokens: end with finish reason `length` after this many.
+        top_logprobs: report this many of the most likely tokens with each token.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     max_tokens: int = 256
+    top_logprobs: int = 0
 
 
 class TokenConstraint(Protocol):
@@ -121,7 +149,10 @@ class EngineToken:
 
     Args:
         token_id: an end-of-sequence token is reported too, with finish reason `stop`.
-        logprob: natural log of its probability in the raw distribution (before temperature).
+        logprob: natural log of its probability in the raw distribution (before temperature,
+            penalties, bias and constraint).
+        top_logprobs: ids and natural logs of the likeliest tokens in the raw distribution, best
+            first, as many as were asked for.
         finish_reason: set on the last token only.
         scores: on the first token only.
         queue_seconds: on the first token only, time from submission to admission.
@@ -129,6 +160,7 @@ class EngineToken:
 
     token_id: int
     logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     scores: PromptScores | None = None
     queue_seconds: float | None = None
@@ -157,7 +189,8 @@ class Engine(Protocol):
         ...
 
     def check(self, request: EngineRequest) -> None:
-        """Raise PromptTooLongError or ValueError if the request could never run."""
+        """Raise PromptTooLongError or ValueError (SamplingError where a parameter of sampling is
+        to blame) if the request could never run."""
         ...
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
@@ -166,6 +199,13 @@ class Engine(Protocol):
         Closing the iterator (or cancelling the task that reads it) cancels the request and frees
         its slot in the next step. Raises EngineError subclasses.
         """
+        ...
+
+    def generate_all(
+        self, requests: Sequence[EngineRequest]
+    ) -> list[AsyncGenerator[EngineToken, None]]:
+        """Submit requests together: all are admitted to the queue, or QueueFullError is raised
+        and none is."""
         ...
 
     def stats(self) -> EngineStats: ...

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from server.engine.base import (
     EngineRequest,
     EngineStats,
     EngineStoppedError,
+    EngineToken,
     PromptTooLongError,
     QueueFullError,
 )
@@ -147,7 +148,7 @@ class LocalEngine:
         prompt, asked = len(request.prompt_ids), request.sampling.max_tokens
         if prompt < 1:
             raise ValueError("the prompt is empty")
-        check_sampling(request.sampling)
+        check_sampling(request.sampling, self._vocabulary)
         if prompt + asked > self._max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {prompt} tokens and {asked} more were asked for; this server "
@@ -170,19 +171,28 @@ class LocalEngine:
         for site in sites_of(edits):
             self.lm.sites.module_at(site)
 
-    def generate(self, request: EngineRequest) -> TokenStream:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
         """Submit at once and stream tokens; call it on the event loop that will read them."""
-        self.check(request)
-        outbox = Outbox(asyncio.get_running_loop())
+        [stream] = self.generate_all([request])
+        return stream
+
+    def generate_all(
+        self, requests: Sequence[EngineRequest]
+    ) -> list[AsyncGenerator[EngineToken, None]]:
+        """Submit requests together, all or, raising QueueFullError, none."""
+        for request in requests:
+            self.check(request)
+        loop = asyncio.get_running_loop()
+        arrivals = [Waiting(request, Outbox(loop)) for request in requests]
         with self._work:
             self._check_running()
-            if len(self._waiting) >= self.max_waiting:
+            if len(self._waiting) + len(arrivals) > self.max_waiting:
                 self._forget_cancelled()
-            if len(self._waiting) >= self.max_waiting:
-                raise QueueFullError(f"{self.max_waiting} requests are waiting already")
-            self._waiting.append(Waiting(request, outbox))
+            if (waiting := len(self._waiting)) + len(arrivals) > self.max_waiting:
+                raise QueueFullError(f"{waiting} of at most {self.max_waiting} requests wait")
+            self._waiting.extend(arrivals)
             self._work.notify()
-        return TokenStream(outbox)
+        return [TokenStream(arrival.outbox) for arrival in arrivals]
 
     def attach(self, sites: Iterable[Site]) -> None:
         """Hook more sites, between two steps. ValueError if the model lacks one."""

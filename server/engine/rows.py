@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,13 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.base import EngineRequest, PromptScores
+from server.engine.processors import Processor, make_processor
 from server.engine.sampling import make_generator
 from server.engine.stream import Outbox
 from steering.monitor import Monitor, Probe
 from steering.plan import RowEdits, Step
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -42,6 +46,7 @@ class Row:
         self.generated = 0
         self.last_token = -1
         self.generator: torch.Generator | None = make_generator(request.sampling)
+        self.processor: Processor | None = make_processor(request)
         self.edits = RowEdits(request.edits, len(request.prompt_ids))
 
         self.benign_probe: Probe | None = None
@@ -94,6 +99,18 @@ class Row:
             edit_norm=None if step.edit_norm is None else float(step.edit_norm[i]),
             gate_values=tuple(float(latched[j]) for j in sorted(latched)),
         )
+
+    def record(self, token_id: int) -> str | None:
+        """Take in the token that was chosen; why the row cannot go on, if it cannot."""
+        self.generated += 1
+        self.last_token = token_id
+        if self.processor is not None:
+            try:
+                self.processor.record(token_id)
+            except Exception as error:  # one request's constraint is no other request's trouble
+                logger.exception("the constraint of a reply failed")
+                return f"the constraint failed: {type(error).__name__}: {error}"
+        return None
 
     def next_tokens(self, length: int) -> Sequence[int]:
         """The tokens of the next call: a piece of the prompt, or the last generated one."""

@@ -155,15 +155,18 @@ class Scheduler:
         scores: Sequence[PromptScores | None],
     ) -> list[Row]:
         """Choose and send a token per row; free the rows that end and return the others."""
-        choice = sample(logits, [r.request.sampling for r in rows], [r.generator for r in rows])
+        choice = sample(
+            logits,
+            [r.request.sampling for r in rows],
+            [r.generator for r in rows],
+            [r.processor for r in rows],
+        )
         going: list[Row] = []
         for i in reversed(range(len(rows))):  # from the last slot down, so that few rows move
             row, token = rows[i], choice.token_ids[i]
-            if not choice.finite[i]:
-                self._fail(row, "the model produced values that are not finite")
+            if (error := choice.errors[i] or row.record(token)) is not None:
+                self._fail(row, error)
                 continue
-            row.generated += 1
-            row.last_token = token
             ended = token in self.eos
             full = row.generated >= row.request.sampling.max_tokens
             self.courier.put(
@@ -171,6 +174,7 @@ class Scheduler:
                 EngineToken(
                     token_id=token,
                     logprob=choice.logprobs[i],
+                    top_logprobs=choice.top_logprobs[i],
                     finish_reason="stop" if ended else "length" if full else None,
                     scores=scores[i],
                     queue_seconds=row.queue_seconds if row.generated == 1 else None,

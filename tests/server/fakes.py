@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -79,6 +79,11 @@ class FakeEngine:
         if self.error is not None and self.fail_after is None:
             raise self.error
         return self._tokens(request)
+
+    def generate_all(
+        self, requests: Sequence[EngineRequest]
+    ) -> list[AsyncGenerator[EngineToken, None]]:
+        return [self.generate(request) for request in requests]
 
     async def _tokens(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
         ids = make_model("llama").tokenizer(self.reply)["input_ids"]

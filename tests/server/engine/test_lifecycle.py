@@ -134,6 +134,24 @@ def test_a_full_queue_refuses_at_once_and_a_cancelled_wait_makes_room(
         asyncio.run(run(engine))
 
 
+def test_requests_submitted_together_are_admitted_all_or_none(
+    endless_llama: LanguageModel,
+) -> None:
+    async def run(engine: LocalEngine) -> None:
+        running_ = engine.generate(endless())
+        await anext(running_)
+        with pytest.raises(QueueFullError):
+            engine.generate_all([endless(), endless(), endless()])
+        assert engine.stats().waiting == 0
+        streams = engine.generate_all([endless(), endless()])
+        assert engine.stats().waiting == 2
+        for stream in (*streams, running_):
+            await stream.aclose()
+
+    with running(endless_llama, max_num_seqs=1, max_waiting=2) as engine:
+        asyncio.run(run(engine))
+
+
 def test_more_requests_than_slots_are_all_served(tiny_llama: LanguageModel) -> None:
     requests = [ask(prompt_of(n), max_tokens=3 + n % 5) for n in range(1, 20)]
     with running(tiny_llama, max_num_seqs=3, prefill_chunk=8) as engine:
