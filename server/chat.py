@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+import uuid
+from collections.abc import AsyncGenerator, Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from server.detokenize import Detokenizer
 from server.engine.base import (
@@ -25,8 +26,17 @@ from server.hosting import Host
 from server.metrics import Metrics, ReplyMeter
 from server.prepare import Prepared
 from server.profiles import finite
-from server.responses import ChatCompletion, Choice, Receipt, ReplyMessage, Usage
+from server.responses import (
+    CalledFunction,
+    ChatCompletion,
+    Choice,
+    Receipt,
+    ReplyMessage,
+    ToolCall,
+    Usage,
+)
 from server.sse import DONE, event
+from server.tool_parsers import Call, Part, Text
 from steering.judge import Outcome
 
 logger = logging.getLogger(__name__)
@@ -42,6 +52,7 @@ class Reply:
         self.created = int(time.time())
         self.finish_reason: FinishReason | None = None
         self._text: list[str] = []
+        self.calls: list[ToolCall] = []
         self._scores = PromptScores()
         self._outcome: Outcome | None = None
         self._tokens = host.engine.generate(prepared.request)
@@ -51,7 +62,7 @@ class Reply:
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The reply's text as it comes. Raises ApiError."""
-        detokenizer = Detokenizer(self.host.lm.tokenizer)
+        detokenizer = Detokenizer(self.host.lm.tokenizer, keep=self.prepared.tools.markup)
         try:
             async for token in self._tokens:
                 self._meter.token(token.scores, token.queue_seconds)
@@ -63,7 +74,6 @@ class Reply:
                     piece += detokenizer.flush()
                     self.finish_reason = token.finish_reason
                 if piece:
-                    self._text.append(piece)
                     yield piece
             if self.finish_reason is None:
                 raise EngineStoppedError("it stopped in the middle of a reply")
@@ -76,11 +86,30 @@ class Reply:
             raise
         self._meter.end(self.finish_reason)
 
+    async def parts(self) -> AsyncGenerator[Part, None]:
+        """The reply as content and tool calls. Raises ApiError."""
+        parser = self.prepared.tools.parser()
+        async for piece in self.pieces():
+            for part in parser.push(piece):
+                yield self._keep(part)
+        for part in parser.finish():
+            yield self._keep(part)
+
+    def _keep(self, part: Part) -> Part:
+        if isinstance(part, Text):
+            self._text.append(part.text)
+        else:
+            function = CalledFunction(name=part.name, arguments=part.arguments)
+            self.calls.append(ToolCall(id=f"call_{uuid.uuid4().hex}", function=function))
+        return part
+
     async def conclude(self) -> None:
-        """Judge the whole reply."""
+        """Judge the whole reply. One that calls a tool does what was asked: an answer."""
         start = time.perf_counter()
         try:
-            outcome = await asyncio.to_thread(self.host.judge, self.text)
+            outcome: Outcome = "answer"
+            if not self.calls:
+                outcome = await asyncio.to_thread(self.host.judge, self.text)
         except Exception:  # a reply is worth more than its judgement
             logger.exception("%s could not be judged", self.prepared.request.request_id)
             return
@@ -92,6 +121,12 @@ class Reply:
         """Cancel the request if it has not ended."""
         self._meter.end("cancelled")
         await self._tokens.aclose()
+
+    @property
+    def told_finish_reason(self) -> Literal["stop", "length", "tool_calls"]:
+        """As clients are told, who look here for calls to make; once the reply has ended."""
+        assert self.finish_reason is not None
+        return "tool_calls" if self.calls and self.finish_reason == "stop" else self.finish_reason
 
     @property
     def text(self) -> str:
@@ -142,11 +177,14 @@ class Reply:
 
 async def complete(reply: Reply) -> ChatCompletion:
     """The whole answer in one piece. Raises ApiError."""
-    async for _ in reply.pieces():
+    async for _ in reply.parts():
         pass
     await reply.conclude()
-    assert reply.finish_reason is not None
-    choice = Choice(message=ReplyMessage(content=reply.text), finish_reason=reply.finish_reason)
+    message = ReplyMessage(
+        content=None if reply.calls and not reply.text else reply.text,
+        tool_calls=reply.calls or None,
+    )
+    choice = Choice(message=message, finish_reason=reply.told_finish_reason)
     return ChatCompletion(
         id=reply.prepared.request.request_id,
         created=reply.created,
@@ -170,7 +208,7 @@ async def stream(reply: Reply) -> AsyncGenerator[str, None]:
         "system_fingerprint": reply.system_fingerprint,
     }
 
-    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> str:
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         # OpenAI's: with `include_usage`, every chunk has the key.
         usage = {"usage": None} if with_usage else {}
@@ -178,10 +216,14 @@ async def stream(reply: Reply) -> AsyncGenerator[str, None]:
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        async for piece in reply.pieces():
-            yield chunk({"content": piece})
+        async for part in reply.parts():
+            if isinstance(part, Text):
+                yield chunk({"content": part.text})
+            else:
+                for delta in _call_deltas(part, reply.calls[-1].id):
+                    yield chunk({"tool_calls": [delta]})
         await reply.conclude()
-        yield chunk({}, reply.finish_reason, steering=reply.receipt.model_dump())
+        yield chunk({}, reply.told_finish_reason, steering=reply.receipt.model_dump())
         if with_usage:
             yield event({**head, "choices": [], "usage": reply.usage.model_dump()})
     except ApiError as error:
@@ -190,6 +232,13 @@ async def stream(reply: Reply) -> AsyncGenerator[str, None]:
         logger.exception("%s failed", head["id"])
         yield event(InternalError("Something broke on the server.").envelope)
     yield DONE
+
+
+def _call_deltas(call: Call, call_id: str) -> Iterator[dict[str, Any]]:
+    """As OpenAI streams a call: id and name first, then the arguments."""
+    function = {"name": call.name, "arguments": ""}
+    yield {"index": call.index, "id": call_id, "type": "function", "function": function}
+    yield {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def _header_safe(name: str) -> str:

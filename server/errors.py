@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.engine.base import (
+    ConstraintError,
     EngineError,
     EngineStoppedError,
     PromptTooLongError,
@@ -157,6 +158,12 @@ def from_engine(error: EngineError) -> ApiError:
         )
     if isinstance(error, EngineStoppedError):
         return UnavailableError(f"The engine cannot take requests: {error}.")
+    if isinstance(error, ConstraintError):
+        return InvalidRequestError(
+            f"The reply cannot go on in the shape that was asked for: {error}. Ask for a simpler "
+            "schema.",
+            param="response_format",
+        )
     # The reason is in the log; it may hold paths and is of no use to a client.
     return InternalError("The computation of this request failed. Others are not concerned.")
 

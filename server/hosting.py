@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,8 +14,11 @@ import torch
 import steering
 from server.engine.base import Engine
 from server.engine.local import LocalEngine
+from server.grammar import GrammarCompiler
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, Settings
+from server.tool_parsers import ToolParserSetting
+from server.tools import ToolSupport, find_tool_support
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
@@ -37,6 +41,7 @@ class Host:
         judge: outcome of a reply's text; called off the event loop.
         monitor: says what class a prompt's benign probability means.
         max_body_bytes: longer request bodies are refused unread.
+        tool_parser: how the model writes tool calls.
     """
 
     engine: Engine
@@ -45,6 +50,7 @@ class Host:
     judge: Callable[[str], Outcome] = judge
     monitor: Monitor | None = None
     max_body_bytes: int = MAX_BODY_BYTES
+    tool_parser: ToolParserSetting = "auto"
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -63,6 +69,15 @@ class Host:
     def ready(self) -> bool:
         """True while new requests are welcome."""
         return not self.draining and self.engine.healthy()
+
+    @cached_property
+    def tools(self) -> ToolSupport:
+        """What the model's template can do with tools; takes some milliseconds to find out."""
+        return find_tool_support(self.lm, self.tool_parser)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.lm)
 
     def prompt_class(self, benign_probability: float | None) -> PromptClass:
         if self.monitor is None or benign_probability is None:
@@ -109,7 +124,14 @@ def open_host(settings: Settings) -> Host:
     )
     if settings.fold is None:
         engine.attach(sites_of(edit for profile in store for edit in profile.edits))
-    return Host(engine, lm, store, monitor=monitor, max_body_bytes=settings.max_body_bytes)
+    return Host(
+        engine,
+        lm,
+        store,
+        monitor=monitor,
+        max_body_bytes=settings.max_body_bytes,
+        tool_parser=settings.tool_parser,
+    )
 
 
 def _check_answers(lm: LanguageModel) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from server.engine.base import EngineRequest, Sampling
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from server.hosting import Host
 from server.protocol import ChatRequest
+from server.structured import constrain
+from server.tools import Tool, ToolSupport, ToolUse, plan_tools
 from steering.edit import AppliedEdit
 from steering.profile import Profile
 
@@ -29,6 +33,7 @@ class Prepared:
     strength: float
     request: EngineRequest
     ignored: tuple[str, ...]
+    tools: ToolUse
 
 
 async def prepare(host: Host, body: ChatRequest) -> Prepared:
@@ -37,19 +42,21 @@ async def prepare(host: Host, body: ChatRequest) -> Prepared:
     if not host.ready:
         raise UnavailableError("The server cannot take requests now.", headers={"Retry-After": "5"})
     profile, strength, edits = choose_edits(host, body)
-    prompt = await render_prompt(host, body)
+    tools = await choose_tools(host, body)
+    prompt = await render_prompt(host, body, tools.offered)
     request = EngineRequest(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         prompt_ids=tuple(prompt),
         sampling=_sampling(body, len(prompt), host.engine.max_model_len),
         edits=edits,
         answer_probe=_answer_probe(profile, strength),
+        constraint=await constrain(host.grammars, host.lm, body.response_format, tools),
     )
     try:
         host.engine.check(request)
     except ValueError as error:
         raise InvalidRequestError(_one_line(error)) from error
-    return Prepared(body, profile, strength, request, tuple(ignored))
+    return Prepared(body, profile, strength, request, tuple(ignored), tools)
 
 
 def choose_edits(host: Host, body: ChatRequest) -> tuple[Profile, float, tuple[AppliedEdit, ...]]:
@@ -70,10 +77,33 @@ def choose_edits(host: Host, body: ChatRequest) -> tuple[Profile, float, tuple[A
     return profile, strength, ()
 
 
-async def render_prompt(host: Host, body: ChatRequest) -> list[int]:
+async def choose_tools(host: Host, body: ChatRequest) -> ToolUse:
+    """What the request's tools come to with this model's template. Raises ApiError."""
+    support = ToolSupport()
+    if body.tools or any(m.tool_calls or m.role == "tool" for m in body.messages):
+        support = await asyncio.to_thread(lambda: host.tools)
+    for i, message in enumerate(body.messages):
+        lacking = (message.tool_calls and not support.calls and "tool_calls") or (
+            message.role == "tool" and not support.results and "role"
+        )
+        if lacking:
+            raise InvalidRequestError(
+                "This model's chat template cannot render tool calls and their results; leave "
+                "such turns out.",
+                param=f"messages[{i}].{lacking}",
+                code="unsupported_parameter",
+            )
+    return plan_tools(
+        support, host.tool_parser, body.tools or (), body.tool_choice, body.parallel_tool_calls
+    )
+
+
+async def render_prompt(host: Host, body: ChatRequest, offered: Sequence[Tool] = ()) -> list[int]:
     """Token ids of the conversation in the model's chat template. Raises ApiError."""
-    messages = [message.rendered() for message in body.messages]
-    characters = sum(len(message["content"]) for message in messages)
+    messages = [message.rendered(f"messages[{i}]") for i, message in enumerate(body.messages)]
+    tools = [tool.rendered() for tool in offered]
+    texts = list(_texts([[m["content"], m.get("tool_calls")] for m in messages] + tools))
+    characters = sum(map(len, texts))
     if characters > CHARACTERS_PER_TOKEN * host.engine.max_model_len:
         # Tokenising this would take long, only to find that it does not fit.
         raise ContextLengthError(
@@ -82,15 +112,29 @@ async def render_prompt(host: Host, body: ChatRequest) -> list[int]:
             "them.",
             param="messages",
         )
-    if any(SURROGATE.search(message["content"]) for message in messages):
+    if any(map(SURROGATE.search, texts)):
         raise InvalidRequestError(
             "The messages hold half of a surrogate pair, which is no text.", param="messages"
         )
     try:
         # Templates and tokenisers take their time; other requests' tokens must not wait for it.
-        return await asyncio.to_thread(host.lm.encode_chat, messages)
+        more = {"tools": tools} if tools else {}
+        return await asyncio.to_thread(host.lm.encode_chat, messages, **more)
     except ValueError as error:
         raise InvalidRequestError(_one_line(error), param="messages") from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a tree of JSON."""
+    pending = [value]
+    while pending:
+        match pending.pop():
+            case str() as text:
+                yield text
+            case dict() as mapping:
+                pending += [*mapping, *mapping.values()]
+            case list() as items:
+                pending += items
 
 
 def _sampling(body: ChatRequest, prompt_tokens: int, limit: int) -> Sampling:

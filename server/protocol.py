@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from server.errors import InvalidRequestError
+from server.structured import ResponseFormat
+from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
 # for nothing. Null asks for nothing everywhere.
@@ -30,16 +32,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "moderation": (),
     "n": (1,),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "stop": ([],),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -80,8 +78,6 @@ UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 
@@ -101,23 +97,68 @@ def _content_kind(value: object) -> str:
     return "<parts>" if isinstance(value, list) else "<string>"
 
 
+Content = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
+    Discriminator(_content_kind),
+]
+
+
 class Message(_Strict):
     """One turn of the conversation."""
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
-        Discriminator(_content_kind),
-    ] = Field(description="Text, or a list of text parts, which are joined by newlines.")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = Field(
+        None,
+        description="Text, or a list of text parts, which are joined by newlines. Only an "
+        "assistant's turn with `tool_calls` may lack it.",
+    )
+    tool_calls: list[ToolCallTurn] | None = Field(
+        None, description="Calls that the assistant made in this turn."
+    )
+    tool_call_id: str | None = Field(None, description="The call whose result a tool's turn is.")
 
-    def rendered(self) -> dict[str, str]:
-        """As chat templates want it: they know no developer role and no parts."""
-        text = self.content
+    def rendered(self, param: str) -> dict[str, Any]:
+        """As chat templates want it: they know no developer role and no parts.
+
+        Raises InvalidRequestError, which names what is wrong below `param`.
+        """
+        text = self.content or ""
         if isinstance(text, list):
             text = "\n".join(part.text for part in text)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        turn: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                call.rendered(f"{param}.tool_calls[{i}]") for i, call in enumerate(self.tool_calls)
+            ]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
+    def check(self, param: str) -> None:
+        """Refuse what only turns of another role may have, or what a role must have."""
+        if self.content is None and not self.tool_calls:
+            raise InvalidRequestError(
+                f"'{param}.content' is required: a string, or a list of text parts (got null).",
+                param=f"{param}.content",
+            )
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise InvalidRequestError(
+                    f"'{param}.{name}' is only possible with role {role!r}.",
+                    param=f"{param}.{name}",
+                )
+        if self.role == "tool" and not self.tool_call_id:
+            raise InvalidRequestError(
+                f"'{param}.tool_call_id' is required: the id of the call that this is the result "
+                "of.",
+                param=f"{param}.tool_call_id",
+                code="missing_required_parameter",
+            )
 
 
 class StreamOptions(_Strict):
@@ -178,6 +219,20 @@ class ChatRequest(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
         None, description="The same seed gives the same reply, whoever else is being served."
     )
+    response_format: ResponseFormat | None = Field(
+        None, description="The reply's shape: free text, any JSON object, or a JSON schema's."
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call, if its chat template knows tools."
+    )
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="`auto` (the default); `none` leaves `tools` out of the prompt; `required` or "
+        "a named function forces a call.",
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether a reply may hold several calls (default) or one."
+    )
     stream: bool | None = Field(None, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Identifies the end user.")
@@ -201,7 +256,10 @@ class ChatRequest(_Strict):
     def check(self) -> list[str]:
         """Refuse what would have no effect or none that was meant; name the fields ignored."""
         ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED, ""))
+        if self.response_format is not None:
+            self.response_format.check()
         for i, message in enumerate(self.messages):
+            message.check(f"messages[{i}]")
             extra = message.model_extra or {}
             ignored += _ignored(extra, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
         if self.stream_options is not None and not self.stream:

@@ -21,6 +21,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from server.tool_parsers import ToolParserSetting
 from server.validation import describe
 
 ENV_PREFIX = "PILOTHOUSE_"
@@ -80,6 +81,11 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
+    )
+    tool_parser: ToolParserSetting = Field(
+        "auto",
+        description="how the model writes tool calls; auto: as its chat template does; none: leave "
+        "them in the text",
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")

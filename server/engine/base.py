@@ -37,6 +37,10 @@ class StepFailedError(EngineError):
     """A forward pass that held this request failed; the engine lives on."""
 
 
+class ConstraintError(EngineError):
+    """A reply cannot go on as its constraint wants it."""
+
+
 class SamplingError(ValueError):
     """A sampling parameter that has no meaning.
 

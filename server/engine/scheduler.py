@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.engine.base import EngineToken, PromptScores, StepFailedError
 from server.engine.cache import SlotCache
+from server.engine.processors import Failure
 from server.engine.rows import Row, Waiting
 from server.engine.runner import Runner
 from server.engine.sampling import sample
@@ -105,11 +106,12 @@ class Scheduler:
                 self._fail(row, reason)
         self.courier.deliver()
 
-    def _fail(self, row: Row, reason: str) -> None:
+    def _fail(self, row: Row, reason: Failure) -> None:
         if self.slots.owners[row.slot] is row:
             self.cache.clear(row.slot)
             self.slots.release(row)
-            self.courier.put(row.outbox, StepFailedError(reason))
+            error = StepFailedError(reason) if isinstance(reason, str) else reason
+            self.courier.put(row.outbox, error)
 
     def _prefill(self, rows: list[Row]) -> None:
         """Read the next piece of these rows' prompts, and choose a token where one ends."""
