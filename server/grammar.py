@@ -11,10 +11,13 @@ triton) and outlines-core (no recursion, no numeric bounds).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import math
 import re
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,11 @@ from steering.models import LanguageModel
 MAX_GRAMMAR_CHARACTERS = 32 * 1024
 """Of a grammar's text. Compiling takes up to about 1.5 s at this length (measured: a schema with
 1,300 optional properties)."""
+COMPILE_SECONDS = 10
 CACHED_GRAMMARS = 64
+MAX_MULTIPLE = 100_000
+"""Of `multipleOf`, the least common multiple where there are several, without trailing zeros: the
+automaton has a state for each remainder, and llguidance has no limit of its own."""
 
 # Optional, and bounded: a model that likes blanks would otherwise write nothing else.
 _WHITESPACE = r"[ ]|\n[ ]{0,20}"
@@ -75,15 +82,16 @@ class Grammar:
 class GrammarCompiler:
     """Compiles grammars for one model's tokens, off the event loop, and keeps the latest.
 
-    One thread of its own compiles one grammar after the other: a slow one delays other new
-    grammars, and nothing else.
+    Threads of its own compile one grammar after the other: a slow one delays other new grammars,
+    and nothing else. One that takes too long is refused; its thread cannot be stopped, but it
+    keeps neither the others nor the process's end waiting.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
         self._tokenizer: Any = None
         self._cache: dict[str, Grammar] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._turn = threading.Lock()
 
     async def compile(self, grammar: str) -> Grammar:
         """The grammar at its start; copy it before use. Raises GrammarError."""
@@ -94,9 +102,34 @@ class GrammarCompiler:
             )
         if (known := self._cache.get(grammar)) is not None:
             return known
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._compile, grammar
-        )
+        turn, loop = self._turn, asyncio.get_running_loop()
+        result: asyncio.Future[Grammar] = loop.create_future()
+
+        def tell(compiled: Grammar | None, error: Exception | None) -> None:
+            if result.done():  # nobody waits any more
+                return
+            if compiled is not None:
+                result.set_result(compiled)
+            elif error is not None:
+                result.set_exception(error)
+
+        def work() -> None:
+            compiled, failure = None, None
+            try:
+                with turn:
+                    compiled = self._compile(grammar)
+            except Exception as error:
+                failure = error
+            with contextlib.suppress(RuntimeError):  # the loop has closed
+                loop.call_soon_threadsafe(tell, compiled, failure)
+
+        threading.Thread(target=work, name="grammar", daemon=True).start()
+        try:
+            return await asyncio.wait_for(result, COMPILE_SECONDS)
+        except TimeoutError:
+            if self._turn is turn:
+                self._turn = threading.Lock()
+            raise GrammarError(f"compiling it takes more than {COMPILE_SECONDS} s") from None
 
     def _compile(self, grammar: str) -> Grammar:
         if (known := self._cache.get(grammar)) is not None:
@@ -126,13 +159,30 @@ class GrammarCompiler:
 
 
 def json_text(schema: Mapping[str, Any]) -> str:
-    """Lark for text that satisfies a JSON schema."""
+    """Lark for text that satisfies a JSON schema. Raises GrammarError."""
+    if math.lcm(*_multiples(schema)) > MAX_MULTIPLE:
+        raise GrammarError(f"'multipleOf' goes up to {MAX_MULTIPLE} here, several taken together")
     # The last word on options: a schema may bring its own, `lenient` among them.
     options = {"whitespace_pattern": _WHITESPACE}
     try:
         return "%json " + json.dumps({**schema, "x-guidance": options})
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is no JSON: {error}") from error
+
+
+def _multiples(schema: Mapping[str, Any]) -> Iterator[int]:
+    """The digits of every `multipleOf`, without point and trailing zeros."""
+    pending: list[Any] = [schema]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Mapping):
+            pending += node.values()
+            value = node.get("multipleOf")
+            if isinstance(value, int | float) and math.isfinite(value) and value:
+                digits = "".join(map(str, Decimal(str(abs(value))).as_tuple().digits))
+                yield int(digits.rstrip("0"))
+        elif isinstance(node, list):
+            pending += node
 
 
 def literal(text: str) -> str:

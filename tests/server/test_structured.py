@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -205,6 +206,8 @@ def test_blanks_cannot_go_on_for_ever() -> None:
         ({"$ref": "#"}, "no text can satisfy it"),
         ({"type": "string", "minLength": 2, "maxLength": 1}, "minLength"),
         ({"const": "\ud800"}, "hex escape"),
+        ({"multipleOf": 303755540}, "multipleOf"),
+        ({"items": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 0.9967}]}}, "multipleOf"),
         ({"enum": ["x" * MAX_GRAMMAR_CHARACTERS]}, str(MAX_GRAMMAR_CHARACTERS)),
     ],
 )
@@ -217,6 +220,39 @@ def test_a_schema_that_cannot_be_compiled_says_why(schema: dict[str, Any], says:
 def test_a_dead_end_is_an_error_and_no_broken_json() -> None:
     with pytest.raises(ConstraintError, match="no text can satisfy"):
         write(compiled("bytes", f"start: {json_text(DEAD_END)}"), compiler("bytes")._lm, seed=0)
+
+
+def test_numbers_may_be_multiples() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 250},
+              "b": {"type": "number", "multipleOf": 0.01}}, "required": ["a", "b"],
+              "additionalProperties": False}  # fmt: skip
+    for seed in range(10):
+        text = write(compiled("bytes", f"start: {json_text(schema)}"), compiler("bytes")._lm, seed)
+        if text is not None:
+            assert json.loads(text)["a"] % 250 == 0
+
+
+def test_a_grammar_that_never_gets_ready_is_refused_and_delays_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.grammar.COMPILE_SECONDS", 0.05)
+    subject = GrammarCompiler(Vocabulary(make_model("llama").tokenizer))  # type: ignore[arg-type]
+    stuck = threading.Event()
+    really = subject._compile
+
+    def compile(grammar: str) -> Grammar:
+        if "stuck" in grammar:
+            stuck.wait()
+        return really(grammar)
+
+    monkeypatch.setattr(subject, "_compile", compile)
+    try:
+        with pytest.raises(GrammarError, match="takes more than"):
+            asyncio.run(subject.compile(f"start: {json_text({'const': 'stuck'})}"))
+        monkeypatch.setattr("server.grammar.COMPILE_SECONDS", 30)
+        asyncio.run(subject.compile(f"start: {json_text({'const': 'other'})}"))
+    finally:
+        stuck.set()
 
 
 def test_the_cache_is_bounded_and_used() -> None:
