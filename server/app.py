@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from server.chat import Reply, complete, stream
+from server.chat import complete, stream
+from server.completions import complete_text, stream_text
 from server.errors import UnavailableError, install_handlers
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
-from server.prepare import prepare
-from server.protocol import ChatRequest
+from server.prepare import (
+    Prepared,
+    prepare,
+    prepare_completion,
+    render_prompt,
+    tokenize_text,
+)
+from server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from server.reply import Answer
 from server.responses import (
     ChatCompletion,
     ChatCompletionChunk,
+    Completion,
     ErrorEnvelope,
     ModelCard,
     ModelList,
     ProfileCard,
     ProfileList,
     Status,
+    Tokens,
     Version,
 )
 from server.sse import ClientGoneError, EventStream, unless_gone
@@ -39,23 +50,28 @@ _ERRORS = {
     500: "Something broke while this request was computed.",
     503: "The engine does not run, or the server is about to stop.",
 }
-_STREAM = {
-    "description": "The reply, or with `stream` its chunks, then `data: [DONE]`.",
-    "content": {
-        "text/event-stream": {
-            "schema": {"type": "string", "description": "Events that hold ChatCompletionChunk."}
-        }
-    },
-    "headers": {
-        name: {"schema": {"type": "string"}, "description": description}
-        for name, description in (
-            ("X-Steering-Profile", "The profile that answered."),
-            ("X-Steering-Fingerprint", "Its fingerprint; empty without edits."),
-            ("X-Request-Id", "Of this request: the client's own if sane."),
-            ("X-Ignored-Fields", "Unknown fields of the request, if there were any."),
-        )
-    },
+_HEADERS = {
+    name: {"schema": {"type": "string"}, "description": description}
+    for name, description in (
+        ("X-Steering-Profile", "The profile that answered."),
+        ("X-Steering-Fingerprint", "Its fingerprint; empty without edits."),
+        ("X-Request-Id", "Of this request: the client's own if sane."),
+        ("X-Ignored-Fields", "Unknown fields of the request, if there were any."),
+    )
 }
+
+
+def _streams(chunk: str) -> dict[str, Any]:
+    """The response of an endpoint that can stream events which hold `chunk`."""
+    return {
+        "description": "The reply, or with `stream` its chunks, then `data: [DONE]`.",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string", "description": f"Events that hold {chunk}."}
+            }
+        },
+        "headers": _HEADERS,
+    }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -90,33 +106,71 @@ def create_app(host: Host) -> FastAPI:
     app.state.metrics = metrics
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=host.max_body_bytes)
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
-    _add_chat(app, host, metrics)
+    _add_generation(app, host, metrics)
     _add_lists(app, host)
     _add_operations(app, host, metrics)
     _declare_truthfully(app)
     return app
 
 
-def _add_chat(app: FastAPI, host: Host, metrics: Metrics) -> None:
+def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
+    async def respond(
+        request: Request,
+        prepared: Prepared,
+        complete: Callable[[Answer], Awaitable[BaseModel]],
+        stream: Callable[[Answer], AsyncGenerator[str, None]],
+    ) -> Response:
+        answer = Answer(host, metrics, prepared, request.state.arrived)
+        if prepared.body.stream:
+            return EventStream(stream(answer), answer.close, answer.headers)
+        try:
+            whole = await unless_gone(complete(answer), request.receive)
+        except ClientGoneError:
+            return Response(status_code=499)  # nginx's word for it; nobody reads this
+        finally:
+            await answer.close()
+        return JSONResponse(whole.model_dump(), headers=answer.headers)
+
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: _STREAM, **errors(400, 404, 429, 503)},
+        responses={200: _streams("ChatCompletionChunk"), **errors(400, 404, 429, 503)},
         tags=["chat"],
         summary="Answer a conversation under a profile",
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        prepared = await prepare(host, body)
-        reply = Reply(host, metrics, prepared, request.state.arrived)
-        if body.stream:
-            return EventStream(stream(reply), reply.close, reply.headers)
-        try:
-            answer = await unless_gone(complete(reply), request.receive)
-        except ClientGoneError:
-            return Response(status_code=499)  # nginx's word for it; nobody reads this
-        finally:
-            await reply.close()
-        return JSONResponse(answer.model_dump(), headers=reply.headers)
+        return await respond(request, await prepare(host, body), complete, stream)
+
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={200: _streams("Completion"), **errors(400, 404, 429, 503)},
+        tags=["chat"],
+        summary="Continue plain text under a profile",
+    )
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        prepared = await prepare_completion(host, body)
+        return await respond(request, prepared, complete_text, stream_text)
+
+    @app.post("/tokenize", responses=errors(400, 404), tags=["chat"], summary="Count a prompt")
+    async def tokenize(body: TokenizeRequest) -> Tokens:
+        """The tokens that a prompt, or messages in the chat template, are to the model."""
+        body.check()
+        host.profiles.choose(body.model)
+        if body.prompt is not None:
+            tokens = await tokenize_text(host, body.prompt, body.add_special_tokens is not False)
+        else:
+            tokens = await render_prompt(host, body)
+        texts = None
+        if body.return_token_strs:
+            text_of = host.token_texts.text_of
+            texts = await asyncio.to_thread(lambda: list(map(text_of, tokens)))
+        return Tokens(
+            count=len(tokens),
+            max_model_len=host.engine.max_model_len,
+            tokens=tokens,
+            token_strs=texts,
+        )
 
 
 def _add_lists(app: FastAPI, host: Host) -> None:

@@ -17,6 +17,7 @@ from server.engine.local import LocalEngine
 from server.grammar import GrammarCompiler
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, Settings
+from server.token_text import TokenTexts
 from server.tool_parsers import ToolParserSetting
 from server.tools import ToolSupport, find_tool_support
 from steering.fold import fold_into
@@ -64,6 +65,10 @@ class Host:
     def close(self) -> None:
         self.draining = True
         self.engine.close()
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.lm.tokenizer)
 
     @property
     def ready(self) -> bool:

@@ -1,4 +1,4 @@
-"""What clients send, after OpenAI's chat completions.
+"""What clients send, after OpenAI's chat completions and completions.
 
 Strict where a mistake would otherwise pass unnoticed: numbers must be numbers in range, a field
 that OpenAI or vLLM knows and this server cannot honour is refused (`UNSUPPORTED`), and so is an
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
+from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
 from server.structured import ResponseFormat
 from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
@@ -24,32 +26,23 @@ from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "n": (1,),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
-    "stop": ([],),
     "store": (False,),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM and others
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "guided_choice": (),
@@ -60,11 +53,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "min_p": (0,),
     "min_tokens": (0,),
     "priority": (0,),
     "prompt_logprobs": (0,),
-    "repetition_penalty": (1,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
@@ -73,6 +64,18 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+}
+UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    **{k: v for k, v in UNSUPPORTED.items() if k not in ("add_special_tokens", "best_of")},
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "add_generation_prompt": (),
+    "continue_final_message": (),
+    "messages": (),
+    "suffix": ("",),
+    "top_logprobs": (0,),
 }
 UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
@@ -182,11 +185,136 @@ class SteeringChoice(_Strict):
     )
 
 
-class ChatRequest(_Strict):
+MAX_CHOICES = 16
+MAX_STOPS = 4
+_StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class GenerationRequest(_Strict):
+    """What chat and plain completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = Field(description="The served name, or `<served name>:<profile>`.")
+    steering: SteeringChoice | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Newer name of `max_tokens`."
+    )
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="End the reply after this many tokens. Default: 256 in chat and 16 in plain "
+        "completions, or what fits. Prompt and reply together must fit the model's length.",
+    )
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        None, description="0 takes the most likely token. Default: 1 under every profile."
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Keep the smallest set of tokens with this probability mass."
+    )
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        None, description="Keep this many tokens; 0 and -1 keep all."
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Keep tokens at least this share as likely as the most likely one."
+    )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        None, description="Taken from the logits of tokens that were generated."
+    )
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        None, description="The same, times how often."
+    )
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
+        None,
+        description="Divides the positive and multiplies the negative logits of tokens of the "
+        "prompt and of those generated; 1 does nothing.",
+    )
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = Field(
+        None, description="Token ids, as strings, and what is added to their logits."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+        None,
+        description="The same seed gives the same reply, whoever else is being served. Of several "
+        "choices, the one at index i of its prompt is what the seed plus i gives alone.",
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="Choices per prompt; in all, at most as many as the server has slots."
+    )
+    stop: (
+        Annotated[
+            Annotated[_StopString, Tag("<string>")]
+            | Annotated[Annotated[list[_StopString], Field(max_length=MAX_STOPS)], Tag("<parts>")],
+            Discriminator(_content_kind),
+        ]
+        | None
+    ) = Field(None, description="Text that ends the reply and is not part of it; up to 4.")
+    stream: bool | None = Field(None, description="Answer in server-sent events.")
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Identifies the end user.")
+    safety_identifier: Annotated[str, Field(max_length=128)] | None = Field(
+        None, description="Identifies the end user; the newer name of `user`."
+    )
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+            Field(max_length=16),
+        ]
+        | None
+    ) = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _keys_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or ():
+            if not re.fullmatch("[0-9]{1,9}", key):
+                raise ValueError(
+                    f"'logit_bias' must have token ids for keys (got {json.dumps(key[:40])})"
+                )
+        return value
+
+    @property
+    def asked_tokens(self) -> int | None:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+    @property
+    def choices(self) -> int:
+        """Choices per prompt."""
+        return self.n or 1
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    @abstractmethod
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives to tell with each token's log-probability; None to tell none."""
+
+    def check(self) -> list[str]:
+        """Refuse what would have no effect or none that was meant; name the fields ignored."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "'stream_options' is only possible with 'stream': true.", param="stream_options"
+            )
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError(
+                "'max_tokens' and 'max_completion_tokens' contradict each other; send one of them.",
+                param="max_tokens",
+            )
+        return []
+
+
+class ChatRequest(GenerationRequest):
     """A conversation to continue."""
 
     model_config = ConfigDict(
-        extra="allow",
         json_schema_extra={
             "examples": [
                 {
@@ -198,26 +326,12 @@ class ChatRequest(_Strict):
         },
     )
 
-    model: str = Field(description="The served name, or `<served name>:<profile>`.")
     messages: Annotated[list[Message], Field(min_length=1)]
-    steering: SteeringChoice | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="End the reply after this many tokens. Default: 256, or what fits."
+    logprobs: bool | None = Field(
+        None, description="Tell each token's log-probability in the raw distribution."
     )
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Older name of `max_completion_tokens`."
-    )
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="0 takes the most likely token. Default: 1 under every profile."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="Keep the smallest set of tokens with this probability mass."
-    )
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
-        None, description="Keep this many tokens; 0 and -1 keep all."
-    )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
-        None, description="The same seed gives the same reply, whoever else is being served."
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="And that of as many of the likeliest tokens; needs `logprobs`."
     )
     response_format: ResponseFormat | None = Field(
         None, description="The reply's shape: free text, any JSON object, or a JSON schema's."
@@ -233,28 +347,27 @@ class ChatRequest(_Strict):
     parallel_tool_calls: bool | None = Field(
         None, description="Whether a reply may hold several calls (default) or one."
     )
-    stream: bool | None = Field(None, description="Answer in server-sent events.")
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Identifies the end user.")
-    safety_identifier: Annotated[str, Field(max_length=128)] | None = Field(
-        None, description="Identifies the end user; the newer name of `user`."
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin an assistant's turn. Default: true unless one is continued."
     )
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-            Field(max_length=16),
-        ]
-        | None
-    ) = None
+    continue_final_message: bool | None = Field(
+        None,
+        description="Continue the last message, which is the assistant's. The reply holds only "
+        "what follows it.",
+    )
 
     @property
-    def asked_tokens(self) -> int | None:
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return self.max_tokens
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def template_flags(self) -> dict[str, bool]:
+        """Arguments of the chat template, where they are not the usual ones."""
+        return template_flags(
+            self.messages, self.add_generation_prompt, self.continue_final_message
+        )
 
     def check(self) -> list[str]:
-        """Refuse what would have no effect or none that was meant; name the fields ignored."""
         ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED, ""))
         if self.response_format is not None:
             self.response_format.check()
@@ -262,17 +375,147 @@ class ChatRequest(_Strict):
             message.check(f"messages[{i}]")
             extra = message.model_extra or {}
             ignored += _ignored(extra, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
-        if self.stream_options is not None and not self.stream:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(
-                "'stream_options' is only possible with 'stream': true.", param="stream_options"
+                "'top_logprobs' is only possible with 'logprobs': true.", param="top_logprobs"
             )
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
+        _ = self.template_flags  # raises where they contradict each other
+        shaped = self.response_format is not None and not self.response_format.is_text
+        if self.continue_final_message and shaped:
             raise InvalidRequestError(
-                "'max_tokens' and 'max_completion_tokens' contradict each other; send one of them.",
-                param="max_tokens",
+                "A reply that continues a message cannot have a 'response_format' of its own.",
+                param="response_format",
             )
-        return ignored
+        return ignored + super().check()
+
+
+def _prompt_kind(value: object) -> str:
+    if not isinstance(value, list):
+        return "<string>"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "<token lists>"
+    return "<strings>" if isinstance(first, str) else "<tokens>"
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Tokenized = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class CompletionRequest(GenerationRequest):
+    """Plain text, or token ids, to continue, without a chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "demo", "prompt": "Of course, here is how to"}]},
+    )
+
+    prompt: Annotated[
+        Annotated[str, Tag("<string>")]
+        | Annotated[Annotated[list[str], Field(min_length=1)], Tag("<strings>")]
+        | Annotated[Tokenized, Tag("<tokens>")]
+        | Annotated[Annotated[list[Tokenized], Field(min_length=1)], Tag("<token lists>")],
+        Discriminator(_prompt_kind),
+    ] = Field(
+        description="Text, token ids, or a list of either. The choices of the second prompt "
+        "follow those of the first."
+    )
+    best_of: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Only the value of `n`: choices are not ranked."
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
+        None,
+        description="Tell each token's log-probability in the raw distribution, and that of as "
+        "many of the likeliest tokens.",
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a text as the tokenizer does by itself, with a BOS say. Default: "
+        "true."
+    )  # fmt: skip
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return cast(list[str | list[int]], [prompt])
+        return cast(list[str | list[int]], prompt)
+
+    def check(self) -> list[str]:
+        ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED_IN_COMPLETIONS, ""))
+        if self.best_of not in (None, self.choices):
+            raise InvalidRequestError(
+                f"This server ranks no choices: 'best_of' must be the same as 'n' "
+                f"({self.choices}).",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        return ignored + super().check()
+
+
+class TokenizeRequest(_Strict):
+    """A prompt to count: `prompt` for plain completions or `messages` for chat."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "demo", "prompt": "Hello"}]},
+    )
+
+    model: str = Field(description="The served name, or `<served name>:<profile>`.")
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Of a prompt. Default: true, as in completions."
+    )
+    add_generation_prompt: bool | None = Field(None, description="Of messages, as in chat.")
+    continue_final_message: bool | None = Field(None, description="Of messages, as in chat.")
+    return_token_strs: bool | None = Field(None, description="Also tell each token's text.")
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for what has no meaning together."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("Send either 'prompt' or 'messages'.", param="prompt")
+        of_messages = ("add_generation_prompt", "continue_final_message")
+        wrong = of_messages if self.messages is None else ("add_special_tokens",)
+        for name in wrong:
+            if getattr(self, name) is not None:
+                other = "messages" if self.messages is None else "prompt"
+                raise InvalidRequestError(f"{name!r} belongs to {other!r}.", param=name)
+        for i, message in enumerate(self.messages or ()):
+            message.check(f"messages[{i}]")
+            list(_ignored(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE, f"messages[{i}]."))
+
+    @property
+    def template_flags(self) -> dict[str, bool]:
+        return template_flags(
+            self.messages or (), self.add_generation_prompt, self.continue_final_message
+        )
+
+
+def template_flags(
+    messages: Sequence[Message], add_generation_prompt: bool | None, continue_final: bool | None
+) -> dict[str, bool]:
+    """Arguments of the chat template that say how a prompt ends; none for the usual way.
+
+    Raises InvalidRequestError where they contradict each other or the messages.
+    """
+    if not continue_final:
+        return {} if add_generation_prompt in (None, True) else {"add_generation_prompt": False}
+    if add_generation_prompt:
+        raise InvalidRequestError(
+            "'continue_final_message' and 'add_generation_prompt' contradict each other; a message "
+            "that is continued is not followed by a new one.",
+            param="continue_final_message",
+        )
+    if messages[-1].role != "assistant":
+        raise InvalidRequestError(
+            "'continue_final_message' needs a last message of role 'assistant' "
+            f"(got {messages[-1].role!r}).",
+            param="continue_final_message",
+        )
+    return {"add_generation_prompt": False, "continue_final_message": True}
 
 
 def _ignored(

@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.engine.base import FinishReason
 from steering.judge import Outcome
+
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
 class Usage(BaseModel):
@@ -52,6 +55,34 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
+class ChoiceReceipt(BaseModel):
+    """A choice's part of the receipt, where one request has several."""
+
+    refusal_score: float | None = None
+    answer_probability: float | None = None
+    benign_probability: float | None = None
+    outcome: Outcome | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str = Field(description="Its text; `bytes:\\xe2\\x80` for a part of a character.")
+    logprob: float = Field(
+        description="In the raw distribution: before temperature, penalties, bias and grammar."
+    )
+    bytes: list[int] | None = Field(description="Null for special tokens, which are no text.")
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob] = Field(description="The likeliest tokens, best first.")
+
+
+class ChatLogprobs(BaseModel):
+    """Of the tokens that begin in the text; one that ends the reply is not among them."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ReplyMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None = Field(description="Null where there is nothing but tool calls.")
@@ -63,8 +94,9 @@ class ReplyMessage(BaseModel):
 class Choice(BaseModel):
     index: int = 0
     message: ReplyMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason
+    steering: ChoiceReceipt | None = Field(None, description="Only where there are several.")
 
 
 class ChatCompletion(BaseModel):
@@ -99,8 +131,11 @@ class Delta(BaseModel):
 class ChunkChoice(BaseModel):
     index: int = 0
     delta: Delta
-    logprobs: None = None
-    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason | None = None
+    steering: ChoiceReceipt | None = Field(
+        None, description="With the finish reason, where there are several choices."
+    )
 
 
 class ChatCompletionChunk(BaseModel):
@@ -113,7 +148,46 @@ class ChatCompletionChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
-    steering: Receipt | None = Field(None, description="With the finish reason only.")
+    steering: Receipt | None = Field(None, description="With the last finish reason only.")
+
+
+class CompletionLogprobs(BaseModel):
+    """Of the tokens that begin in the text; one that ends the reply is not among them."""
+
+    tokens: list[str]
+    token_logprobs: list[float] = Field(description="In the raw distribution.")
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(description="Characters of the choice's text before each.")
+
+
+class CompletionChoice(BaseModel):
+    index: int = 0
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = Field(description="Null in a stream, but for the last.")
+    steering: ChoiceReceipt | None = Field(None, description="Only where there are several.")
+
+
+class Completion(BaseModel):
+    """A completion, or one event of a stream, which `[DONE]` ends."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    steering: Receipt | None = Field(None, description="In a stream, with the last finish reason.")
+
+
+class Tokens(BaseModel):
+    """What a prompt is to the model."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
 
 
 class ModelCard(BaseModel):

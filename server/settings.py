@@ -87,6 +87,9 @@ class Settings(BaseSettings):
         description="how the model writes tool calls; auto: as its chat template does; none: leave "
         "them in the text",
     )
+    shutdown_timeout: float = Field(
+        30.0, ge=0, description="seconds for replies under way after SIGTERM; then they are ended"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     insecure: bool = Field(

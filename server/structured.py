@@ -37,6 +37,10 @@ class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = Field(None, description="With the type `json_schema` only.")
 
+    @property
+    def is_text(self) -> bool:
+        return self.type == "text"
+
     def check(self) -> None:
         """Refuse a schema without its type, and the other way round."""
         if (self.type == "json_schema") != (self.json_schema is not None):
@@ -76,7 +80,7 @@ async def constrain(
 
 
 def _answer(asked: ResponseFormat | None) -> str | None:
-    if asked is None or asked.type == "text":
+    if asked is None or asked.is_text:
         return None
     return json_text({"type": "object"} if asked.json_schema is None else asked.json_schema.schema_)
 

@@ -30,6 +30,8 @@ def describe(error: Mapping[str, Any], path: str) -> str:
         return f"{path!r} is not a key that is known here; remove it or check its spelling"
     if kind == "too_short":
         return f"{path!r} must not be empty"
+    if kind == "too_long":
+        return f"{path!r} must have at most {error['ctx']['max_length']} items"
     if kind in ("value_error", "assertion_error"):
         return message.partition(", ")[2]
     echoed = (

@@ -300,7 +300,8 @@ class LanguageModel:
         return frozenset([ids] if isinstance(ids, int) else ids)
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation with the generation prompt, straight from the template.
+        """Token ids of a conversation, with the generation prompt unless `template_kwargs` say
+        otherwise, straight from the template.
 
         Rendering to text and tokenising that would double the BOS token on Llama and Gemma.
         Raises ValueError if the model has no chat template or the template rejects the messages.
@@ -310,10 +311,9 @@ class LanguageModel:
         try:
             encoded = self.tokenizer.apply_chat_template(
                 list(messages),
-                add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
-                **{**self.template_kwargs, **template_kwargs},
+                **{"add_generation_prompt": True, **self.template_kwargs, **template_kwargs},
             )
         except Exception as error:  # jinja raises its own types; all mean "not renderable"
             raise ValueError(f"the chat template cannot render these messages: {error}") from error

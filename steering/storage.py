@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 FORMAT = 1
@@ -28,7 +28,8 @@ def write_safetensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
-    save_file(tensors, partial, {key: text})
+    # Not `save_file`, whose files nobody but their owner can read, whatever the umask.
+    partial.write_bytes(save(tensors, {key: text}))
     partial.replace(path)
     return path
 

@@ -19,14 +19,27 @@ def register(parser: argparse.ArgumentParser) -> None:
     fit = verbs.add_parser("fit", help="fit the demo's profiles and monitor (some minutes)")
     fit.add_argument("--model", type=Path, help="a demo model; default: where `serve` looks")
     fit.add_argument("--out", type=Path, help="directory; default: where `serve` looks")
+    fit.add_argument(
+        "--baselines",
+        nargs="*",
+        metavar="NAME",
+        help="fit what the profiles are compared with instead; all, or these (resumes)",
+    )
     fit.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     table = verbs.add_parser("table", help="measure every profile on held-out prompts")
     table.add_argument("--per-kind", type=int, default=400, help="test prompts per class")
     table.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    study = verbs.add_parser(
+        "study", help="measure methods and baselines, AlphaSteer's gate, PCA-OT by depth, LLM-VA"
+    )
+    study.add_argument("--per-kind", type=int, default=400, help="test prompts per class")
+    study.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return {"build": _build, "fit": _fit, "table": _table}[arguments.verb](arguments)
+    return {"build": _build, "fit": _fit, "table": _table, "study": _study}[arguments.verb](
+        arguments
+    )
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -46,15 +59,45 @@ def _fit(arguments: argparse.Namespace) -> int:
     from steering.demo.fit import fit_demo
 
     torch.set_num_threads(arguments.threads)
+    if arguments.baselines is not None:
+        return _fit_baselines(arguments)
     out = arguments.out or DEMO / "profiles"
     fit_demo(
         arguments.model or DEMO / "model",
         out,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        report=_report,
         progress=sys.stderr.isatty(),
     )
     print(f"The demo's profiles are in {out}")
     return 0
+
+
+def _fit_baselines(arguments: argparse.Namespace) -> int:
+    from server.engine.offline import OfflineGenerator
+    from server.hosting import DEMO
+    from steering.demo.fit import BASELINES, fit_baselines
+    from steering.resume import KeptReplies, KeptStates
+
+    names = arguments.baselines or list(BASELINES)
+    if unknown := sorted(set(names) - set(BASELINES)):
+        raise ValueError(f"no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
+    out = arguments.out or DEMO / "baselines"
+    with OfflineGenerator() as generator:
+        fit_baselines(
+            arguments.model or DEMO / "model",
+            out,
+            names,
+            generator=KeptReplies(out / ".cache", generator, report=_report),
+            reader=KeptStates(out / ".cache", report=_report),
+            report=_report,
+            progress=sys.stderr.isatty(),
+        )
+    print(f"The baselines are in {out}")
+    return 0
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -64,5 +107,21 @@ def _table(arguments: argparse.Namespace) -> int:
 
     host = open_host(load_settings({"model": None, "threads": arguments.threads}))
     for line in render(host.lm, list(host.profiles), per_kind=arguments.per_kind):
+        print(line, flush=True)
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from server.hosting import DEMO, open_host
+    from server.settings import load_settings
+    from steering.demo.study import render
+
+    host = open_host(
+        load_settings(
+            {"model": None, "threads": arguments.threads, "profile": [DEMO / "baselines"]}
+        )
+    )
+    profiles = {profile.name: profile for profile in host.profiles}
+    for line in render(host.lm, profiles, per_kind=arguments.per_kind):
         print(line, flush=True)
     return 0

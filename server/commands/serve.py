@@ -13,9 +13,6 @@ from server.settings import Settings, SettingsError, flag, load_settings
 
 SUMMARY = "host a model and its profiles behind an OpenAI-compatible API"
 
-SHUTDOWN_SECONDS = 30
-"""How long replies under way may take after SIGTERM or SIGINT; a second signal ends them."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -80,6 +77,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     import uvicorn
 
     from server.app import create_app
+    from server.draining import DrainingServer
     from server.hosting import open_host
     from server.version import VERSION
 
@@ -87,11 +85,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     try:
         # Before uvicorn's own start, whose failures are tracebacks.
         host.start()
-        config = uvicorn.Config(
-            create_app(host),
-            log_config=None,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        )
+        config = uvicorn.Config(create_app(host), log_config=None)
         listener.listen()  # from here on connections wait instead of being refused
         logger.info(
             "pilothouse %s serves %s at %s/v1 with the profiles %s (default: %s)",
@@ -101,7 +95,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
             ", ".join(host.profiles.names),
             host.profiles.default_name,
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        DrainingServer(config, host, settings.shutdown_timeout).run(sockets=[listener])
     except KeyboardInterrupt:
         pass  # uvicorn stops gracefully and then raises the signal again
     finally:

@@ -118,6 +118,8 @@ class EngineRequest:
             raw; None to read none.
         constraint: which tokens may come next. The engine works on a copy, so that requests may
             share one.
+        client: who asks; requests of different clients share the engine fairly. Those of clients
+            without a name count as one client's.
     """
 
     request_id: str
@@ -126,6 +128,7 @@ class EngineRequest:
     edits: tuple[AppliedEdit, ...] = ()
     answer_probe: str | None = None
     constraint: TokenConstraint | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True)

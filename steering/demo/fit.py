@@ -1,24 +1,33 @@
-"""Fit the demo's profiles and monitor, with every choice made on the selection split.
+"""Fit the demo's profiles, its baselines and its monitor, every choice made on the selection split.
 
-The test split is read once, at the end, for the cards.
+The test split is read once, at the end, for the profiles' cards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from steering.activations import Reader, read_activations
 from steering.demo.corpus import Split, prompts
 from steering.demo.table import REPLY_TOKENS, measure
 from steering.fit import fit_profile
+from steering.generate import Generator, generate
 from steering.methods import FitData, Method
+from steering.methods.activation_addition import ActivationAddition
+from steering.methods.affine_concept_editing import AffineConceptEditing
 from steering.methods.alphasteer import AlphaSteer
+from steering.methods.alphasteer_plus import AlphaSteerPlus
+from steering.methods.cast import Cast
+from steering.methods.directional_ablation import DirectionalAblation
+from steering.methods.leace import Leace
 from steering.methods.llm_va import LlmVa
 from steering.methods.optimal_transport import OptimalTransport
-from steering.models import load_model
+from steering.models import LanguageModel, load_model
 from steering.monitor_fit import fit_monitor
 from steering.profile import Profile
 from steering.prompts import Prompt, PromptSet
@@ -30,6 +39,18 @@ METHODS: tuple[Method, ...] = (
     AlphaSteer(),
     OptimalTransport(kinds=("harmful", "benign")),
 )
+# What the profiles are compared with; not served by default. All with their own defaults, but for
+# what a name says.
+BASELINES: dict[str, Method] = {
+    "activation-addition": ActivationAddition(),
+    "directional-ablation": DirectionalAblation(),
+    "affine-concept-editing": AffineConceptEditing(),
+    "leace": Leace(),
+    "cast": Cast(),
+    "alphasteer-plus": AlphaSteerPlus(),
+    "alphasteer-token": AlphaSteer(gate="token"),
+    "llm-va-paper": LlmVa.preset("paper"),
+}
 
 
 def prompt_set(split: Split) -> PromptSet:
@@ -48,16 +69,7 @@ def fit_demo(
 
     Takes some minutes. `report` is called with lines of progress, `progress` adds bars.
     """
-    lm = load_model(str(model), dtype=torch.float32)
-    lm = replace(lm, name="demo")
-    data = FitData(
-        lm,
-        prompt_set("fit"),
-        prompt_set("selection"),
-        reply_tokens=REPLY_TOKENS,
-        report=report,
-        progress=progress,
-    )
+    data = _data(_load(model), report=report, progress=progress)
     profiles = []
     for method in METHODS:
         report(f"{method.name}: fitting")
@@ -66,7 +78,36 @@ def fit_demo(
     fit_monitor(data, profiles).save(out / MONITOR_FILE)
     for i, profile in enumerate(profiles):
         report(f"{profile.name}: measuring on the test split")
-        held_out = measure(lm, profile, progress=progress).to_json()
+        held_out = measure(data.lm, profile, progress=progress).to_json()
         profiles[i] = replace(profile, card={**profile.card, "held_out": held_out})
         profiles[i].save(out / f"{profile.name}.safetensors")
     return profiles
+
+
+def fit_baselines(
+    model: Path,
+    out: Path,
+    names: Collection[str] = tuple(BASELINES),
+    *,
+    generator: Generator = generate,
+    reader: Reader = read_activations,
+    report: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+) -> None:
+    """Fit these `BASELINES` on the demo model in `model` and save them to `out`."""
+    data = _data(_load(model), generator=generator, reader=reader, report=report, progress=progress)
+    for name in names:
+        report(f"{name}: fitting")
+        profile = fit_profile(BASELINES[name], data, name=name)
+        profile.save(out / f"{name}.safetensors")
+
+
+def _load(model: Path) -> LanguageModel:
+    # Its path is this machine's business.
+    return replace(load_model(str(model), dtype=torch.float32), name="demo")
+
+
+def _data(lm: LanguageModel, **more: Any) -> FitData:
+    return FitData(
+        lm, prompt_set("fit"), prompt_set("selection"), reply_tokens=REPLY_TOKENS, **more
+    )

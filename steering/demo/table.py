@@ -105,11 +105,12 @@ def measure(
     profile: Profile,
     held_out: HeldOut = "combinations",
     *,
+    kinds: Sequence[Kind] | None = None,
     per_kind: int = 400,
     progress: bool = False,
 ) -> Measured:
-    """Answer the test prompts under a profile and judge every reply."""
-    found = prompts("test", kinds_of(held_out), held_out, per_kind=per_kind)
+    """Answer the test prompts (of these kinds; of all) under a profile and judge every reply."""
+    found = prompts("test", tuple(kinds or kinds_of(held_out)), held_out, per_kind=per_kind)
     with tqdm(
         total=len(found), desc=f"{profile.name}, {held_out}", disable=not progress, leave=False
     ) as bar:
@@ -160,25 +161,38 @@ def render(
     """The table in Markdown, line by line as it is measured."""
     yield f"Test prompts per class: {per_kind}. Refusal rate with 95 % Wilson interval."
     for held_out, title in TITLES.items():
-        kinds = kinds_of(held_out)
         yield f"\n**{title}**\n"
-        header = ["profile", *(f"refuses {kind}" for kind in kinds), "on topic (worst class)"]
-        header += ["degenerate", *EXTRA_COLUMNS[held_out]]
-        yield f"| {' | '.join(header)} |"
-        yield "|" + "---|" * len(header)
-        for profile in profiles:
-            m = measure(lm, profile, held_out, per_kind=per_kind, progress=progress)
-            cells = [profile.name]
-            for kind in kinds:
-                refused = sum(j.outcome == "refusal" for j in m.of(kind))
-                low, high = wilson_interval(refused, per_kind)
-                cells.append(f"{refused / per_kind:.3f} [{low:.3f}, {high:.3f}]")
-            worst = min(kinds, key=m.on_topic)
-            cells.append(f"{m.on_topic(worst):.3f} ({worst})")
-            degenerate = sum(j.outcome in ("degenerate", "empty") for j in m.judged)
-            cells.append(f"{degenerate / len(m.judged):.3f}")
-            if "F1" in EXTRA_COLUMNS[held_out]:
-                cells.append(f"{m.f1:.3f}")
-            if "perplexity" in EXTRA_COLUMNS[held_out]:
-                cells.append(f"{benign_perplexity(lm, profile, per_kind=per_kind):.4f}")
-            yield f"| {' | '.join(cells)} |"
+        yield from rows_of(lm, profiles, held_out, per_kind=per_kind, progress=progress)
+
+
+def rows_of(
+    lm: LanguageModel,
+    profiles: Sequence[Profile],
+    held_out: HeldOut = "combinations",
+    *,
+    per_kind: int = 400,
+    progress: bool = True,
+) -> Iterator[str]:
+    """One held-out set's table in Markdown."""
+    kinds = kinds_of(held_out)
+    header = ["profile", *(f"refuses {kind}" for kind in kinds), "on topic (worst class)"]
+    header += ["degenerate", *EXTRA_COLUMNS[held_out]]
+    yield f"| {' | '.join(header)} |"
+    yield "|" + "---|" * len(header)
+    for profile in profiles:
+        m = measure(lm, profile, held_out, per_kind=per_kind, progress=progress)
+        cells = [profile.name]
+        for kind in kinds:
+            found = m.of(kind)
+            refused = sum(j.outcome == "refusal" for j in found)
+            low, high = wilson_interval(refused, len(found))
+            cells.append(f"{refused / len(found):.3f} [{low:.3f}, {high:.3f}]")
+        worst = min(kinds, key=m.on_topic)
+        cells.append(f"{m.on_topic(worst):.3f} ({worst})")
+        degenerate = sum(j.outcome in ("degenerate", "empty") for j in m.judged)
+        cells.append(f"{degenerate / len(m.judged):.3f}")
+        if "F1" in EXTRA_COLUMNS[held_out]:
+            cells.append(f"{m.f1:.3f}")
+        if "perplexity" in EXTRA_COLUMNS[held_out]:
+            cells.append(f"{benign_perplexity(lm, profile, per_kind=per_kind):.4f}")
+        yield f"| {' | '.join(cells)} |"

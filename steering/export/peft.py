@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -66,7 +66,7 @@ class Peft:
             if biases:
                 zeros = torch.zeros(b.shape[0])
                 tensors[f"{PREFIX}{module}.lora_B.bias"] = biases.get(module, zeros)
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
         config = _config(lm, list(factors), rank, bias=bool(biases))
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (folder / "pilothouse.json").write_text(json.dumps(job.provenance, indent=2) + "\n")

@@ -19,6 +19,7 @@ from server.engine.base import (
     EngineError,
     EngineRequest,
     EngineStats,
+    EngineStoppedError,
     EngineToken,
     PromptScores,
 )
@@ -94,10 +95,15 @@ class FakeEngine:
                     assert self.error is not None
                     raise self.error
                 await asyncio.sleep(self.delay)
+                if self.starts and not self.running:
+                    raise EngineStoppedError("the engine stopped before this request was done")
                 last = "length" if i + 1 == limit else None
                 yield EngineToken(
                     token_id,
                     logprob=-0.5,
+                    top_logprobs=((token_id, -0.5), (0xA, float("-inf")))[
+                        : request.sampling.top_logprobs
+                    ],
                     finish_reason="stop" if token_id == EOS else last,
                     scores=SCORES if i == 0 else None,
                     queue_seconds=0.001 if i == 0 else None,
@@ -183,6 +189,7 @@ def post(
     host: Host | None = None,
     raw: bytes | str | None = None,
     headers: dict[str, str] | None = None,
+    path: str = "/v1/chat/completions",
     **changes: Any,
 ) -> httpx2.Response:
     """Send one request (`raw` as it is) to a host and wait for all of the answer."""
@@ -191,7 +198,7 @@ def post(
         content = raw if raw is not None else json.dumps(payload or body(**changes))
         async with http_client(host or make_host()) as client:
             return await client.post(
-                "/v1/chat/completions",
+                path,
                 content=content,
                 headers={"Content-Type": "application/json", **(headers or {})},
             )

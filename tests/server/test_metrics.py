@@ -100,7 +100,7 @@ def test_the_class_of_a_prompt_is_the_monitors() -> None:
 
 def test_rejections_are_counted_by_reason() -> None:
     page = scrape(
-        body(n=2), body(model="x"), body(max_tokens=10**6), {}, body(steering={"x": 1})
+        body(n=0), body(model="x"), body(max_tokens=10**6), {}, body(steering={"x": 1})
     )  # fmt: skip
     assert value(page, "rejections_total", reason="invalid_request") == 3
     assert value(page, "rejections_total", reason="not_found") == 1

@@ -408,6 +408,21 @@ def test_every_profile_and_temperature_gives_json_of_the_schema(host: Host) -> N
     assert reasons.count("stop") > 20
 
 
+def test_each_of_several_choices_is_json_of_the_schema(host: Host) -> None:
+    asked = {"response_format": person_format(), "n": 3, "seed": 1, "max_tokens": 150,
+             "temperature": 0.8, "logprobs": True, "top_logprobs": 1}  # fmt: skip
+    [completion] = ask_all(host, [asked])
+    texts = [choice.message.content for choice in completion.choices]
+    assert len(set(texts)) == 3
+    forced = False
+    for choice in completion.choices:
+        jsonschema.validate(json.loads(choice.message.content), PERSON)
+        for token in choice.logprobs.content:  # raw: what the grammar forbids is still there
+            [best] = token.top_logprobs
+            forced |= best.token != token.token and best.logprob > token.logprob
+    assert forced
+
+
 def test_max_tokens_cuts_with_length(host: Host) -> None:
     [completion] = ask_all(host, [{"response_format": person_format(), "max_tokens": 3}])
     [choice] = completion.choices
@@ -481,6 +496,15 @@ def test_a_random_model_calls_the_tool_it_must(choice: Any) -> None:
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",
             "required",
+        ),
+        (
+            {
+                "response_format": person_format(),
+                "continue_final_message": True,
+                "messages": [{"role": "assistant", "content": "{"}],
+            },
+            "response_format",
+            "continues",
         ),
         ({"response_format": person_format({"type": "strin"})}, "response_format", "Invalid type"),
     ],

@@ -148,6 +148,17 @@ def test_the_official_clients_stream_helper_puts_the_calls_together() -> None:
     assert [call.function.name for call in message.tool_calls] == ["get_weather", "get_time"]
 
 
+def test_every_choice_of_a_stream_has_its_calls_and_logprobs() -> None:
+    chunks = ask_streaming(host_with(), tools=[WEATHER, TIME], n=2, logprobs=True)
+    for index in (0, 1):
+        own = [c.choices[0] for c in chunks if c.choices[0].index == index]
+        calls = [call for choice in own for call in choice.delta.tool_calls or []]
+        assert [call.index for call in calls if call.id] == [0, 1]
+        assert own[-1].finish_reason == "tool_calls"
+        told = [t.token for c in own if c.logprobs for t in c.logprobs.content or []]
+        assert "".join(told) == TWO
+
+
 def test_a_llama_reply_is_a_call_without_content() -> None:
     host = host_with(LLAMA3, '{"name": "get_weather", "parameters": {"city": "Zoë"}}')
     message = ask(host, tools=[WEATHER]).choices[0].message

@@ -53,6 +53,14 @@ def test_the_file_is_the_same_bytes_for_the_same_profile(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_a_file_may_be_read_by_whom_the_umask_lets(
+    tmp_path: Path, tiny_llama: LanguageModel
+) -> None:
+    path = make_profile(tiny_llama).save(tmp_path / "p.safetensors")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_profile_for_another_model_is_refused_with_the_reason(tiny_llama: LanguageModel) -> None:
     profile = make_profile(tiny_llama)
     profile.check_base(tiny_llama)

@@ -1,0 +1,96 @@
+"""Requests that wait for a slot, taken fairly from the clients that sent them.
+
+Fair means max-min: a free slot goes to the waiting client that has the fewest requests running, and
+among equals to the one that has waited longest for its turn. Requests of one client keep their
+order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator, Mapping
+
+from server.engine.base import QueueFullError
+from server.engine.rows import Waiting
+
+_SHARE = 4
+"""A named client may wait with at most this many requests per place that is still free, so that one
+alone takes four fifths of the queue, two take four ninths each, and a newcomer always finds room
+(the dynamic threshold of Choudhury and Hahne, 1998)."""
+
+
+class FairQueue:
+    """Waiting requests by client. Not safe for threads: the engine holds its lock.
+
+    Args:
+        limit: requests that may wait, all clients together.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._clients: OrderedDict[str, deque[Waiting]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._clients.values())
+
+    def __iter__(self) -> Iterator[Waiting]:
+        for queue in self._clients.values():
+            yield from queue
+
+    def put(self, *requests: Waiting) -> None:
+        """Add requests of one client, all or none. Raises QueueFullError."""
+        if not requests:
+            return
+        client = requests[0].request.client
+        own = len(self._clients.get(client, ()))
+        if not self._room(client, own, len(requests)):
+            self.forget_cancelled()
+            own = len(self._clients.get(client, ()))
+            if not self._room(client, own, len(requests)):
+                raise QueueFullError(
+                    f"{own} of this client's requests are waiting already"
+                    if len(self) + len(requests) <= self.limit
+                    else f"{len(self)} requests are waiting already"
+                )
+        self._clients.setdefault(client, deque()).extend(requests)
+
+    def _room(self, client: str, own: int, more: int) -> bool:
+        free = self.limit - len(self) - more
+        if free < 0:
+            return False
+        # Whoever has no name shares the whole queue with the others that have none.
+        return not client or own + more <= max(1, _SHARE * free)
+
+    def pop(self, running: Mapping[str, int] | None = None) -> Waiting | None:
+        """The next request, None where nobody waits.
+
+        Args:
+            running: requests in slots, by client.
+        """
+        self.forget_cancelled()
+        if not self._clients:
+            return None
+        counts = Counter(running or {})
+        client = min(self._clients, key=lambda name: counts[name])  # the first of equals
+        queue = self._clients[client]
+        found = queue.popleft()
+        if queue:
+            self._clients.move_to_end(client)  # its turn is over
+        else:
+            del self._clients[client]
+        return found
+
+    def drain(self) -> list[Waiting]:
+        """Take everything out."""
+        found = list(self)
+        self._clients.clear()
+        return found
+
+    def forget_cancelled(self) -> None:
+        """Drop the requests whose clients have gone."""
+        for client, queue in list(self._clients.items()):
+            kept = deque(w for w in queue if not w.outbox.cancelled)
+            if kept:
+                self._clients[client] = kept
+            else:
+                del self._clients[client]
