@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -17,6 +17,7 @@ from server.responses import (
 )
 from server.sse import event, guarded
 from server.token_text import TokenTexts
+from server.tool_parsers import Call
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no word for, as in OpenAI's API."""
@@ -35,12 +36,15 @@ async def complete(answer: Answer) -> ChatCompletion:
 
 
 def _choice(answer: Answer, reply: Reply) -> Choice:
-    assert reply.finish_reason is not None
+    message = ReplyMessage(
+        content=None if reply.calls and not reply.text else reply.text,
+        tool_calls=reply.calls or None,
+    )
     return Choice(
         index=reply.index,
-        message=ReplyMessage(content=reply.text),
+        message=message,
         logprobs=chat_logprobs(answer, reply.tokens),
-        finish_reason=reply.finish_reason,
+        finish_reason=reply.told_finish_reason,
         steering=answer.choice_receipt(reply),
     )
 
@@ -56,7 +60,7 @@ async def _events(answer: Answer) -> AsyncGenerator[str, None]:
     # OpenAI's: with `include_usage`, every chunk has the key.
     usage = {"usage": None} if with_usage else {}
 
-    def chunk(reply: Reply, delta: dict[str, str], **more: Any) -> dict[str, Any]:
+    def chunk(reply: Reply, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
         return {
             "index": reply.index,
             "delta": delta,
@@ -72,19 +76,31 @@ async def _events(answer: Answer) -> AsyncGenerator[str, None]:
         async for reply, piece in pieces:
             if piece is not None:
                 logprobs = chat_logprobs(answer, piece.tokens)
-                choice = chunk(
-                    reply, {"content": piece.text}, logprobs=logprobs and logprobs.model_dump()
-                )
-                yield event({**head, "choices": [choice], **usage})
+                if piece.text or (logprobs and logprobs.content):
+                    choice = chunk(
+                        reply, {"content": piece.text}, logprobs=logprobs and logprobs.model_dump()
+                    )
+                    yield event({**head, "choices": [choice], **usage})
+                for call in piece.calls:
+                    for delta in _call_deltas(call, reply.calls[call.index].id):
+                        choice = chunk(reply, {"tool_calls": [delta]})
+                        yield event({**head, "choices": [choice], **usage})
                 continue
             under_way -= 1
-            choice = chunk(reply, {}, finish_reason=reply.finish_reason)
+            choice = chunk(reply, {}, finish_reason=reply.told_finish_reason)
             if (own := answer.choice_receipt(reply)) is not None:
                 choice["steering"] = own.model_dump()
             receipt = {} if under_way else {"steering": answer.receipt.model_dump()}
             yield event({**head, "choices": [choice], **usage, **receipt})
     if with_usage:
         yield event({**head, "choices": [], "usage": answer.usage.model_dump()})
+
+
+def _call_deltas(call: Call, call_id: str) -> Iterator[dict[str, Any]]:
+    """As OpenAI streams a call: id and name first, then the arguments."""
+    function = {"name": call.name, "arguments": ""}
+    yield {"index": call.index, "id": call_id, "type": "function", "function": function}
+    yield {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def chat_logprobs(answer: Answer, tokens: Sequence[TextToken]) -> ChatLogprobs | None:

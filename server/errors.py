@@ -30,6 +30,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.engine.base import (
+    ConstraintError,
     DeadlineExceededError,
     EngineError,
     EngineStoppedError,
@@ -212,6 +213,12 @@ def from_engine(error: EngineError) -> ApiError:
         )
     if isinstance(error, EngineStoppedError):
         return UnavailableError(f"The engine cannot take requests: {error}.")
+    if isinstance(error, ConstraintError):
+        return InvalidRequestError(
+            f"The reply cannot go on in the shape that was asked for: {error}. Ask for a simpler "
+            "schema.",
+            param="response_format",
+        )
     if isinstance(error, DeadlineExceededError):
         return DeadlineError(
             "The request was not answered in time (--request-timeout). Ask for fewer tokens, or "

@@ -17,9 +17,12 @@ from server.access import Access
 from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
+from server.grammar import GrammarCompiler
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
 from server.token_text import TokenTexts
+from server.tool_parsers import ToolParserSetting
+from server.tools import ToolSupport, find_tool_support
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
@@ -71,6 +74,7 @@ class Host:
         registration: limits on profiles that come while the server runs.
         limits: what else is refused before any work.
         access: who may do what; without keys, everybody who can connect may do everything.
+        tool_parser: how the model writes tool calls.
     """
 
     engine: Engine
@@ -85,6 +89,7 @@ class Host:
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     cors_origins: tuple[str, ...] = ()
+    tool_parser: ToolParserSetting = "auto"
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -115,6 +120,15 @@ class Host:
         return (
             () if self.monitor is None else prompt_ending(with_form(self.lm, self.monitor.template))
         )
+
+    @cached_property
+    def tools(self) -> ToolSupport:
+        """What the model's template can do with tools; takes some milliseconds to find out."""
+        return find_tool_support(self.lm, self.tool_parser)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.lm)
 
     def prompt_class(self, benign_probability: float | None) -> PromptClass:
         if self.monitor is None or benign_probability is None:
@@ -178,6 +192,7 @@ def open_host(settings: Settings) -> Host:
         limits=Limits(settings.max_messages, settings.max_prompt_chars),
         access=access,
         cors_origins=tuple(settings.cors_origin),
+        tool_parser=settings.tool_parser,
     )
 
 

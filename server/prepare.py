@@ -6,8 +6,9 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from server.access import Caller
 from server.composition import Composition, compose
@@ -21,7 +22,9 @@ from server.protocol import (
     Message,
     TokenizeRequest,
 )
+from server.structured import constrain
 from server.templating import WITHOUT_TEMPLATE, Reading, asked_kwargs, reading
+from server.tools import Tool, ToolSupport, ToolUse, plan_tools
 from steering.profile import Profile
 
 DEFAULT_MAX_TOKENS = 256
@@ -48,6 +51,7 @@ class Prepared:
     requests: tuple[EngineRequest, ...]
     ignored: tuple[str, ...]
     out_of_template: bool = False
+    tools: ToolUse = field(default_factory=ToolUse)
 
     @property
     def request(self) -> EngineRequest:
@@ -66,11 +70,15 @@ async def prepare(host: Host, body: ChatRequest, caller: Caller) -> Prepared:
     _check_ready(host)
     composition = compose(caller.sees(host.profiles), body.model, body.steering)
     _check_choices(host, body, 1)
-    prompt = await render_prompt(host, body)
-    return _prepared(
+    tools = await choose_tools(host, body)
+    prompt = await render_prompt(host, body, tools.offered)
+    constraint = await constrain(host.grammars, host.lm, body.response_format, tools)
+    prepared = _prepared(
         host, body, caller, "chatcmpl", composition, [prompt], ignored, reading(host, body, prompt),
         param="messages", default_tokens=DEFAULT_MAX_TOKENS,
     )  # fmt: skip
+    requests = tuple(replace(r, constraint=constraint) for r in prepared.requests)
+    return replace(prepared, requests=requests, tools=tools)
 
 
 async def prepare_completion(host: Host, body: CompletionRequest, caller: Caller) -> Prepared:
@@ -164,17 +172,65 @@ def _check(host: Host, request: EngineRequest, param: str) -> None:
         raise InvalidRequestError(_one_line(error), param=param) from error
 
 
-async def render_prompt(host: Host, body: ChatRequest | TokenizeRequest) -> list[int]:
+async def choose_tools(host: Host, body: ChatRequest) -> ToolUse:
+    """What the request's tools come to with this model's template. Raises ApiError."""
+    support = await asyncio.to_thread(lambda: host.tools) if body.tools else ToolSupport()
+    return plan_tools(
+        support, host.tool_parser, body.tools or (), body.tool_choice, body.parallel_tool_calls
+    )
+
+
+async def render_prompt(
+    host: Host, body: ChatRequest | TokenizeRequest, offered: Sequence[Tool] = ()
+) -> list[int]:
     """Token ids of the conversation in the model's chat template. Raises ApiError."""
     _check_count(host, body.messages or ())
-    messages = [message.rendered() for message in body.messages or ()]
-    check_text(host, [message["content"] for message in messages], "messages")
-    flags = {**body.template_flags, **asked_kwargs(host, body)}
+    await _check_turns(host, body.messages or ())
+    turns = [turn.rendered(f"messages[{i}]") for i, turn in enumerate(body.messages or ())]
+    tools = [tool.rendered() for tool in offered]
+    texts = _texts([[turn["content"], turn.get("tool_calls")] for turn in turns] + tools)
+    check_text(host, list(texts), "messages")
+    more: dict[str, Any] = {
+        **body.template_flags,
+        **asked_kwargs(host, body),
+        **({"tools": tools} if tools else {}),
+    }
     try:
         # Templates and tokenisers take their time; other requests' tokens must not wait for it.
-        return await asyncio.to_thread(lambda: host.lm.encode_chat(messages, **flags))
+        return await asyncio.to_thread(lambda: host.lm.encode_chat(turns, **more))
     except ValueError as error:
         raise InvalidRequestError(_one_line(error), param="messages") from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a tree of JSON."""
+    pending = [value]
+    while pending:
+        match pending.pop():
+            case str() as text:
+                yield text
+            case dict() as mapping:
+                pending += [*mapping, *mapping.values()]
+            case list() as items:
+                pending += items
+
+
+async def _check_turns(host: Host, messages: Sequence[Message]) -> None:
+    """Refuse turns that the model's template would leave out."""
+    if not any(message.tool_calls or message.role == "tool" for message in messages):
+        return
+    support = await asyncio.to_thread(lambda: host.tools)
+    for i, message in enumerate(messages):
+        lacking = (message.tool_calls and not support.calls and "tool_calls") or (
+            message.role == "tool" and not support.results and "role"
+        )
+        if lacking:
+            raise InvalidRequestError(
+                "This model's chat template cannot render tool calls and their results; leave "
+                "such turns out.",
+                param=f"messages[{i}].{lacking}",
+                code="unsupported_parameter",
+            )
 
 
 async def tokenize_text(host: Host, text: str, add_special_tokens: bool) -> list[int]:

@@ -28,6 +28,8 @@ from pydantic import (
 
 from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
+from server.structured import ResponseFormat
+from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
 from server.validation import MOST_MESSAGES, MOST_MISTAKES, TemplateValue
 from steering.edit import Phase
 
@@ -40,14 +42,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM and others
@@ -80,6 +78,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     **{k: v for k, v in UNSUPPORTED.items() if k not in ("add_special_tokens", "best_of")},
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
     "add_generation_prompt": (),
     "continue_final_message": (),
     "messages": (),
@@ -90,8 +92,6 @@ UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 
@@ -111,24 +111,69 @@ def _content_kind(value: object) -> str:
     return "<parts>" if isinstance(value, list) else "<string>"
 
 
+Content = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_kind),
+]
+
+
 class Message(_Strict):
     """One turn of the conversation."""
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("<string>")]
-        | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
-        Discriminator(_content_kind),
-    ] = Field(description="Text, or a list of text parts, which are joined by newlines.")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = Field(
+        None,
+        description="Text, or a list of text parts, which are joined by newlines. Only an "
+        "assistant's turn with `tool_calls` may lack it.",
+    )
+    tool_calls: list[ToolCallTurn] | None = Field(
+        None, description="Calls that the assistant made in this turn."
+    )
+    tool_call_id: str | None = Field(None, description="The call whose result a tool's turn is.")
 
-    def rendered(self) -> dict[str, str]:
-        """As chat templates want it: they know no developer role and no parts."""
-        text = self.content
+    def rendered(self, param: str = "message") -> dict[str, Any]:
+        """As chat templates want it: they know no developer role and no parts.
+
+        Raises InvalidRequestError, which names what is wrong below `param`.
+        """
+        text = self.content or ""
         if isinstance(text, list):
             text = "\n".join(part.text for part in text)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        turn: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                call.rendered(f"{param}.tool_calls[{i}]") for i, call in enumerate(self.tool_calls)
+            ]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
+    def check(self, param: str) -> None:
+        """Refuse what only turns of another role may have, or what a role must have."""
+        if self.content is None and not self.tool_calls:
+            raise InvalidRequestError(
+                f"'{param}.content' is required: a string, or a list of text parts (got null).",
+                param=f"{param}.content",
+            )
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise InvalidRequestError(
+                    f"'{param}.{name}' is only possible with role {role!r}.",
+                    param=f"{param}.{name}",
+                )
+        if self.role == "tool" and not self.tool_call_id:
+            raise InvalidRequestError(
+                f"'{param}.tool_call_id' is required: the id of the call that this is the result "
+                "of.",
+                param=f"{param}.tool_call_id",
+                code="missing_required_parameter",
+            )
 
 
 TemplateKwargs = Annotated[
@@ -358,6 +403,20 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
         None, description="And that of as many of the likeliest tokens; needs `logprobs`."
     )
+    response_format: ResponseFormat | None = Field(
+        None, description="The reply's shape: free text, any JSON object, or a JSON schema's."
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call, if its chat template knows tools."
+    )
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="`auto` (the default); `none` leaves `tools` out of the prompt; `required` or "
+        "a named function forces a call.",
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether a reply may hold several calls (default) or one."
+    )
     add_generation_prompt: bool | None = Field(
         None, description="Begin an assistant's turn. Default: true unless one is continued."
     )
@@ -384,7 +443,10 @@ class ChatRequest(GenerationRequest):
 
     def check(self) -> list[str]:
         ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED, ""))
+        if self.response_format is not None:
+            self.response_format.check()
         for i, message in enumerate(self.messages):
+            message.check(f"messages[{i}]")
             extra = message.model_extra or {}
             ignored += _ignored(extra, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
         if self.top_logprobs and not self.logprobs:
@@ -392,6 +454,12 @@ class ChatRequest(GenerationRequest):
                 "'top_logprobs' is only possible with 'logprobs': true.", param="top_logprobs"
             )
         _ = self.template_flags  # raises where they contradict each other
+        shaped = self.response_format is not None and not self.response_format.is_text
+        if self.continue_final_message and shaped:
+            raise InvalidRequestError(
+                "A reply that continues a message cannot have a 'response_format' of its own.",
+                param="response_format",
+            )
         return ignored + super().check()
 
 
@@ -497,6 +565,7 @@ class TokenizeRequest(Body):
                 other = "messages" if self.messages is None else "prompt"
                 raise InvalidRequestError(f"{name!r} belongs to {other!r}.", param=name)
         for i, message in enumerate(self.messages or ()):
+            message.check(f"messages[{i}]")
             list(_ignored(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE, f"messages[{i}]."))
 
     @property

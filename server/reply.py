@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -29,8 +30,18 @@ from server.logs import current_request
 from server.metrics import Metrics, ReplyMeter
 from server.prepare import Prepared, profiles_used
 from server.profiles import finite
-from server.responses import ChoiceReceipt, ProfileUsed, PromptTokensDetails, Receipt, Usage
+from server.responses import (
+    CalledFunction,
+    ChatFinishReason,
+    ChoiceReceipt,
+    ProfileUsed,
+    PromptTokensDetails,
+    Receipt,
+    ToolCall,
+    Usage,
+)
 from server.stops import StopStrings
+from server.tool_parsers import Call, Text, ToolParser
 from steering.judge import Outcome
 
 logger = logging.getLogger(__name__)
@@ -50,10 +61,14 @@ class TextToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a reply: text, and the tokens that begin in it. Either may be empty."""
+    """A part of a reply: text, the tokens that begin in it, and tool calls. Any may be empty.
+
+    Where a reply may hold calls, its tokens are those of the calls' text, too.
+    """
 
     text: str
     tokens: tuple[TextToken, ...] = ()
+    calls: tuple[Call, ...] = ()
 
 
 class ReplyText:
@@ -63,8 +78,10 @@ class ReplyText:
     tokens of what was shown are those of the text, whatever was held back or cut off.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...]) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+    def __init__(
+        self, tokenizer: Any, stops: tuple[str, ...], markup: tuple[str, ...] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, keep=markup)
         self._stops = StopStrings(stops)
         self._decoded = 0
         self._shown = 0
@@ -114,6 +131,7 @@ class Reply:
         self.finish_reason: FinishReason | None = None
         self.tokens: list[TextToken] = []
         """The tokens of the text so far."""
+        self.calls: list[ToolCall] = []
         self._host = host
         self._prepared = prepared
         self._text: list[str] = []
@@ -127,7 +145,9 @@ class Reply:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The reply as it comes, in pieces that say something; it is judged by the end. Raises
         ApiError."""
-        text = ReplyText(self._host.lm.tokenizer, self._prepared.body.stop_strings)
+        tools = self._prepared.tools
+        parser = tools.parser()
+        text = ReplyText(self._host.lm.tokenizer, self._prepared.body.stop_strings, tools.markup)
         wants_tokens = self._prepared.body.wanted_logprobs is not None
         try:
             async for token in self._stream:
@@ -138,9 +158,8 @@ class Reply:
                     self._scores = token.scores
                 piece = text.push(token)
                 self.finish_reason = "stop" if text.stopped else token.finish_reason
-                self._text.append(piece.text)
-                self.tokens.extend(piece.tokens)
-                if piece.text or (piece.tokens and wants_tokens):
+                piece = self._take(piece, parser)
+                if piece.text or piece.calls or (piece.tokens and wants_tokens):
                     yield piece
                 if text.stopped:
                     await self._stream.aclose()  # frees the slot
@@ -157,11 +176,27 @@ class Reply:
         self._end(self.finish_reason)
         await self._judge()
 
+    def _take(self, piece: Piece, parser: ToolParser) -> Piece:
+        """Keep what the piece says, with the calls that it completes taken out of its text."""
+        parts = parser.push(piece.text)
+        if self.finish_reason is not None:
+            parts += parser.finish()
+        text = "".join(part.text for part in parts if isinstance(part, Text))
+        calls = tuple(part for part in parts if isinstance(part, Call))
+        self._text.append(text)
+        self.tokens.extend(piece.tokens)
+        for call in calls:
+            function = CalledFunction(name=call.name, arguments=call.arguments)
+            self.calls.append(ToolCall(id=f"call_{uuid.uuid4().hex}", function=function))
+        return Piece(text, piece.tokens, calls)
+
     async def _judge(self) -> None:
-        """Judge the whole reply."""
+        """Judge the whole reply. One that calls a tool does what was asked: an answer."""
         start = time.perf_counter()
         try:
-            outcome = await asyncio.to_thread(self._host.judge, self.text)
+            outcome: Outcome = "answer"
+            if not self.calls:
+                outcome = await asyncio.to_thread(self._host.judge, self.text)
         except Exception:  # a reply is worth more than its judgement
             logger.exception("%s could not be judged", self._prepared.id)
             return
@@ -181,6 +216,12 @@ class Reply:
     @property
     def _first_of_prompt(self) -> bool:
         return self.index % self._prepared.body.choices == 0
+
+    @property
+    def told_finish_reason(self) -> ChatFinishReason:
+        """As clients are told, who look here for calls to make; once the reply has ended."""
+        assert self.finish_reason is not None
+        return "tool_calls" if self.calls and self.finish_reason == "stop" else self.finish_reason
 
     @property
     def text(self) -> str:

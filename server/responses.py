@@ -18,6 +18,9 @@ class PromptTokensDetails(BaseModel):
     cached_tokens: int = Field(0, description="Read from the prefix cache, not computed again.")
 
 
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -64,6 +67,17 @@ class Receipt(Answerer):
     outcome: Outcome | None = Field(None, description="What the reply's text is judged to be.")
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChoiceReceipt(BaseModel):
     """A choice's part of the receipt, where one request has several."""
 
@@ -94,16 +108,17 @@ class ChatLogprobs(BaseModel):
 
 class ReplyMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="Null where there is nothing but tool calls.")
     refusal: None = None
     """Always null: a steered refusal is content."""
+    tool_calls: list[ToolCall] | None = None
 
 
 class Choice(BaseModel):
     index: int = 0
     message: ReplyMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     steering: ChoiceReceipt | None = Field(None, description="Only where there are several.")
 
 
@@ -118,16 +133,29 @@ class ChatCompletion(BaseModel):
     steering: Receipt
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = Field(None, description="With the call's first piece only.")
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    index: int
+    id: str | None = Field(None, description="With the call's first piece only.")
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
     index: int = 0
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     steering: ChoiceReceipt | None = Field(
         None, description="With the finish reason, where there are several choices."
     )

@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 
 from server.logs import LogFormat
+from server.tool_parsers import ToolParserSetting
 from server.validation import MOST_MESSAGES, TemplateValue, describe, parse_template_kwargs
 
 ENV_PREFIX = "PILOTHOUSE_"
@@ -100,6 +101,11 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
+    )
+    tool_parser: ToolParserSetting = Field(
+        "auto",
+        description="how the model writes tool calls; auto: as its chat template does; none: leave "
+        "them in the text",
     )
     request_timeout: float = Field(
         600.0, gt=0, description="seconds for a request, waiting and computing; then it is a 504"

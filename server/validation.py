@@ -49,7 +49,9 @@ def describe(error: Mapping[str, Any], path: str) -> str:
     )
     if len(echoed) > MAX_ECHOED:
         echoed = echoed[:MAX_ECHOED] + "..."
-    return f"{message.replace('Input', repr(path), 1)} (got {echoed})"
+    for subject in ("Input", "String"):
+        message = message.replace(f"{subject} should", f"{path!r} should", 1)
+    return f"{message} (got {echoed})"
 
 
 def parse_template_kwargs(text: str) -> dict[str, TemplateValue]:

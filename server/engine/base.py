@@ -45,6 +45,10 @@ class DeadlineExceededError(EngineError):
     """The request was not done in its time. It may have been answered in part."""
 
 
+class ConstraintError(EngineError):
+    """A reply cannot go on as its constraint wants it."""
+
+
 class SamplingError(ValueError):
     """A sampling parameter that has no meaning.
 

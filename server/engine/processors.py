@@ -17,9 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from server.engine.base import EngineRequest, Sampling
+from server.engine.base import ConstraintError, EngineRequest, Sampling
 
 logger = logging.getLogger(__name__)
+
+Failure = str | ConstraintError
+"""Why a row cannot go on."""
 
 NOTHING_ALLOWED = "no token is allowed here"
 
@@ -82,9 +85,17 @@ def make_processor(request: EngineRequest) -> Processor | None:
     return Processor(request)
 
 
+def failure(error: Exception) -> Failure:
+    """What to tell of a constraint that raised this."""
+    if isinstance(error, ConstraintError):  # it knows why
+        return error
+    logger.exception("the constraint of a reply failed")
+    return f"the constraint failed: {type(error).__name__}: {error}"
+
+
 def process(
     logits: Tensor, processors: Sequence[Processor | None]
-) -> tuple[Tensor, dict[int, str]]:
+) -> tuple[Tensor, dict[int, Failure]]:
     """Logits `[N, V]` as each row's processor changes them, and why rows cannot go on, by index.
 
     The logits given stay as they are.
@@ -93,14 +104,13 @@ def process(
     if not asked:
         return logits, {}
     changed = logits[[i for i, _ in asked]]
-    failed: dict[int, str] = {}
+    failed: dict[int, Failure] = {}
     for (i, processor), row in zip(asked, changed, strict=True):
         try:
             processor.prepare(logits)
             processor.forbid(row)
         except Exception as error:  # one request's constraint is no other request's trouble
-            logger.exception("the constraint of a reply failed")
-            failed[i] = f"the constraint failed: {type(error).__name__}: {error}"
+            failed[i] = failure(error)
             continue
         processor.add_bias(row)
     penalised = [j for j, (i, p) in enumerate(asked) if p.penalises and i not in failed]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +9,11 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.base import EngineRequest, PromptScores
-from server.engine.processors import Processor, make_processor
+from server.engine.processors import Failure, Processor, failure, make_processor
 from server.engine.sampling import make_generator
 from server.engine.stream import Outbox
 from steering.monitor import Monitor, Probe
 from steering.plan import RowEdits, Step
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -120,7 +117,7 @@ class Row:
             gate_values=tuple(float(latched[j]) for j in sorted(latched)),
         )
 
-    def record(self, token_id: int) -> str | None:
+    def record(self, token_id: int) -> Failure | None:
         """Take in the token that was chosen; why the row cannot go on, if it cannot."""
         self.generated += 1
         self.last_token = token_id
@@ -129,8 +126,7 @@ class Row:
             try:
                 self.processor.record(token_id)
             except Exception as error:  # one request's constraint is no other request's trouble
-                logger.exception("the constraint of a reply failed")
-                return f"the constraint failed: {type(error).__name__}: {error}"
+                return failure(error)
         return None
 
     def next_tokens(self, length: int) -> Sequence[int]:

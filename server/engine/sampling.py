@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from server.engine.base import MAX_TOP_LOGPROBS, Sampling, SamplingError
-from server.engine.processors import Processor, process
+from server.engine.processors import Failure, Processor, process
 
 _HEAD = 1024
 """Tokens looked at before a whole row is sorted. Fixed, since how ties are ordered may depend on
@@ -46,7 +46,7 @@ class Choice:
     token_ids: list[int]
     logprobs: list[float]
     top_logprobs: list[tuple[tuple[int, float], ...]]
-    errors: list[str | None]
+    errors: list[Failure | None]
 
 
 _RANGES: dict[str, tuple[float, float]] = {

@@ -27,6 +27,7 @@ from server.engine.base import (
 from server.engine.cache import SlotCache
 from server.engine.hooks import Hooks
 from server.engine.prefix import PrefixCache
+from server.engine.processors import Failure
 from server.engine.rows import Row, Waiting
 from server.engine.runner import Runner
 from server.engine.sampling import sample
@@ -165,10 +166,11 @@ class Scheduler:
             if self._lost == PATIENCE:
                 raise
 
-    def _fail(self, row: Row, error: EngineError) -> None:
+    def _fail(self, row: Row, reason: Failure | EngineError) -> None:
         if self.slots.owners[row.slot] is row:
             self.cache.clear(row.slot)
             self.slots.release(row)
+            error = StepFailedError(reason) if isinstance(reason, str) else reason
             self.courier.put(row.outbox, error)
 
     def _prefill(self, rows: list[Row]) -> None:

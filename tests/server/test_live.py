@@ -133,6 +133,7 @@ def test_usage_and_metrics_tell_what_the_prefix_cache_saved() -> None:
             'steering_cache_hits_total{profile="raw"} 2.0',
             'steering_cache_hits_total{profile="bold"} 2.0',
             'steering_cache_hits_total{profile="shy"} 0.0',
+            'steering_cache_hits_total{profile="composed"} 0.0',
         ]
 
 

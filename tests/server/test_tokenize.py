@@ -64,7 +64,18 @@ def test_a_last_message_is_continued_without_echo(more: dict[str, Any]) -> None:
         ({"prompt": "\ud83d"}, "prompt"),
         ({"prompt": "x" * 20000}, "prompt"),
         ({"prompt": "a", "x": 1}, "x"),
-        ({"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{**USER, "tool_call_id": "x"}]}, "messages[0].tool_call_id"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}],
+                    }
+                ]
+            },
+            "messages[0].tool_calls",
+        ),
     ],
 )
 def test_a_wrong_field_is_a_400_that_names_it(payload: dict[str, Any], param: str) -> None:
