@@ -12,30 +12,27 @@ from pathlib import Path
 
 import torch
 
-import steering
 from server.access import Access
 from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
 from server.grammar import GrammarCompiler
-from server.profiles import MONITOR_FILE, ProfileStore, profile_files
+from server.profiles import ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
 from server.token_text import TokenTexts
 from server.tool_parsers import ToolParserSetting
 from server.tools import ToolSupport, find_tool_support
+from steering.demo import DEMO, DEMO_NAME
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
-from steering.monitor import Monitor, PromptClass
+from steering.monitor import MONITOR_FILE, Monitor, PromptClass
 from steering.plan import sites_of
 from steering.profile import Profile
 from steering.selftest import self_test
 from steering.template import TemplateForm, check_kwargs, form_of, prompt_ending, with_form
 
 logger = logging.getLogger(__name__)
-
-DEMO_NAME = "demo"
-DEMO = Path(steering.__path__[0]) / "demo"
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,13 @@ from server.errors import ConflictError, InvalidRequestError, NotFoundError
 from server.responses import ModelCard, ProfileCard
 from steering.edit import Edit
 from steering.models import LanguageModel
+from steering.monitor import MONITOR_FILE
 from steering.profile import RAW, Profile, ProfileError
 
 COMPOSED = "composed"
 """Stands for all compositions of several profiles where metrics name a profile."""
 RESERVED = (COMPOSED, "restricted")
 """Names that mean something else in metrics."""
-
-MONITOR_FILE = "monitor.safetensors"
-"""Lies beside a model's profiles and is none."""
 
 
 class ProfileStore:

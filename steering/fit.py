@@ -7,10 +7,11 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from steering.hyper_parameters import check_finite
 from steering.judge import version_of
 from steering.methods import FitData, Method, discover
 from steering.profile import Profile
@@ -46,6 +47,7 @@ def make_method(name: str, settings: Mapping[str, str] | None = None) -> Method:
                 f"{name} has no hyper-parameter {field!r}; it has {', '.join(known) or 'none'}"
             )
         values[field] = _parse(field, text, known[field])
+        check_finite(field, values[field])
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -64,7 +66,19 @@ def _parse(field: str, text: str, hint: Any) -> Any:
             return TypeAdapter(hint).validate_python(candidate)
         except ValidationError:
             continue
+    choices = _choices(hint)
+    if choices:
+        raise ValueError(f"{field} cannot be {text!r}; it takes {', '.join(choices)}")
     raise ValueError(f"{field} cannot be {text!r}; it is a {_spelled(hint)}, written as JSON")
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of a literal type, or of those in a tuple type; none for any other."""
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        return _choices(get_args(hint)[0])
+    return []
 
 
 def _spelled(hint: Any) -> str:
@@ -82,6 +96,8 @@ def fit_profile(
         name: the profile's; the method's name with dashes if None.
         summary: the card's sentence; the method's own if None.
     """
+    for prompts in (data.fit, data.selection):
+        data.encode(prompts.prompts)  # what cannot be read should not show after hours
     repeated = overlaps(data)
     before, started = dict(data.clock.seconds), data.clock.now()
     fitted = method.fit(data)

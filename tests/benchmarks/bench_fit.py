@@ -20,9 +20,9 @@ import torch
 from transformers import LlamaConfig
 
 from server.engine.offline import OfflineGenerator
-from server.hosting import DEMO
 from steering.activations import batches_by_length, gather_activations, read_activations
 from steering.clock import Clock
+from steering.demo import DEMO
 from steering.demo.fit import prompt_set
 from steering.demo.table import REPLY_TOKENS
 from steering.edit import Site
