@@ -26,7 +26,7 @@ from steering.activations import ActivationBatch, name_of, read_activations
 from steering.edit import AppliedEdit, Site, edits_digest, effective_edits
 from steering.fit import library_versions
 from steering.generate import Generator
-from steering.judge import Judge, Outcome, PhraseJudge, ask
+from steering.judge import Judge, OnJudged, Outcome, PhraseJudge, ask
 from steering.methods import FitData
 from steering.models import LanguageModel
 from steering.plan import Pool, last_token
@@ -128,13 +128,18 @@ class KeptVerdicts:
     def version(self) -> str:
         return self.judge.version
 
-    def card(self) -> Card:
-        return self.judge.card()
+    def card(self, on_done: OnJudged = None) -> Card:
+        return self.judge.card(on_done)
 
     def __call__(self, reply: str, prompt: str | None = None) -> Outcome:
         return self.many([reply], [prompt])[0]
 
-    def many(self, replies: Sequence[str], prompts: Sequence[str | None]) -> list[Outcome]:
+    def many(
+        self,
+        replies: Sequence[str],
+        prompts: Sequence[str | None],
+        on_done: OnJudged = None,
+    ) -> list[Outcome]:
         known = self._lines.read()
         pairs = list(zip(replies, prompts, strict=True))
         keys = [_digest(reply, prompt) for reply, prompt in pairs]
@@ -149,7 +154,10 @@ class KeptVerdicts:
             judged = {key: outcome for (key, _), outcome in zip(part, found, strict=True)}
             self._lines.append(judged)
             known.update(judged)
-        return [known[key] for key in keys]
+        outcomes = [known[key] for key in keys]
+        if on_done is not None:
+            on_done(dict(enumerate(outcomes)))
+        return outcomes
 
 
 class KeptFigures:
