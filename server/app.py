@@ -3,72 +3,78 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from server.chat import Reply, complete, stream
+from server.access import DOCUMENTATION, AccessMiddleware, caller_of, declare_access
+from server.admin import add_admin
+from server.chat import complete, stream
+from server.completions import complete_text, stream_text
 from server.errors import UnavailableError, install_handlers
+from server.headers import SecurityHeaders, cross_origin
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
-from server.prepare import prepare
-from server.protocol import ChatRequest
+from server.openapi import errors
+from server.prepare import (
+    Prepared,
+    prepare,
+    prepare_completion,
+    render_prompt,
+    tokenize_text,
+)
+from server.profiles import COMPOSED, ProfileStore
+from server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
+from server.reply import Answer
 from server.responses import (
     ChatCompletion,
     ChatCompletionChunk,
-    ErrorEnvelope,
+    Completion,
     ModelCard,
     ModelList,
     ProfileCard,
     ProfileList,
     Status,
+    Tokens,
     Version,
 )
+from server.score import add_score
 from server.sse import ClientGoneError, EventStream, unless_gone
 from server.version import VERSION
 
-_ERRORS = {
-    400: "The request cannot be served as it is; the message says what to change.",
-    404: "There is no such model or profile; the message lists what there is.",
-    429: "Too many requests wait already; `Retry-After` says when to come back.",
-    500: "Something broke while this request was computed.",
-    503: "The engine does not run, or the server is about to stop.",
-}
-_STREAM = {
-    "description": "The reply, or with `stream` its chunks, then `data: [DONE]`.",
-    "content": {
-        "text/event-stream": {
-            "schema": {"type": "string", "description": "Events that hold ChatCompletionChunk."}
-        }
-    },
-    "headers": {
-        name: {"schema": {"type": "string"}, "description": description}
-        for name, description in (
-            ("X-Steering-Profile", "The profile that answered."),
-            ("X-Steering-Fingerprint", "Its fingerprint; empty without edits."),
-            ("X-Request-Id", "Of this request: the client's own if sane."),
-            ("X-Ignored-Fields", "Unknown fields of the request, if there were any."),
-        )
-    },
+_HEADERS = {
+    name: {"schema": {"type": "string"}, "description": description}
+    for name, description in (
+        ("X-Steering-Profile", "The profile that answered."),
+        ("X-Steering-Fingerprint", "Its fingerprint; empty without edits."),
+        ("X-Request-Id", "Of this request: the client's own if sane."),
+        ("X-Ignored-Fields", "Unknown fields of the request, if there were any."),
+    )
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses to declare; anything can break, so 500 is always among them."""
+def _streams(chunk: str) -> dict[str, Any]:
+    """The response of an endpoint that can stream events which hold `chunk`."""
     return {
-        status: {"description": _ERRORS[status], "model": ErrorEnvelope}
-        for status in sorted({*statuses, 500})
+        "description": "The reply, or with `stream` its chunks, then `data: [DONE]`.",
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string", "description": f"Events that hold {chunk}."}
+            }
+        },
+        "headers": _HEADERS,
     }
 
 
 def create_app(host: Host) -> FastAPI:
     """The application around a host, whose engine starts and stops with it."""
-    metrics = Metrics(host.profiles.names)
+    metrics = Metrics([*host.profiles.names, COMPOSED])
     _describe(host, metrics)
 
     @asynccontextmanager
@@ -88,59 +94,112 @@ def create_app(host: Host) -> FastAPI:
     )
     app.state.host = host
     app.state.metrics = metrics
+    # The last one added sees requests first.
+    app.add_middleware(AccessMiddleware, access=host.access, metrics=metrics)
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=host.max_body_bytes)
+    if host.cors_origins:
+        app.add_middleware(cross_origin, origins=host.cors_origins)
+    app.add_middleware(SecurityHeaders, documentation=DOCUMENTATION)
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
-    _add_chat(app, host, metrics)
+    _add_generation(app, host, metrics)
+    add_score(app, host)
     _add_lists(app, host)
+    add_admin(app, host, metrics)
     _add_operations(app, host, metrics)
     _declare_truthfully(app)
     return app
 
 
-def _add_chat(app: FastAPI, host: Host, metrics: Metrics) -> None:
+def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
+    async def respond(
+        request: Request,
+        prepared: Prepared,
+        complete: Callable[[Answer], Awaitable[BaseModel]],
+        stream: Callable[[Answer], AsyncGenerator[str, None]],
+    ) -> Response:
+        answer = Answer(host, metrics, prepared, request.state.arrived)
+        request.state.noted = True
+        if prepared.body.stream:
+            return EventStream(stream(answer), answer.close, answer.headers)
+        try:
+            whole = await unless_gone(complete(answer), request.receive)
+        except ClientGoneError:
+            return Response(status_code=499)  # nginx's word for it; nobody reads this
+        finally:
+            await answer.close()
+        return JSONResponse(whole.model_dump(), headers=answer.headers)
+
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
-        responses={200: _STREAM, **errors(400, 404, 429, 503)},
+        responses={200: _streams("ChatCompletionChunk"), **errors(400, 404, 413, 429, 503, 504)},
         tags=["chat"],
         summary="Answer a conversation under a profile",
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        prepared = await prepare(host, body)
-        reply = Reply(host, metrics, prepared, request.state.arrived)
-        if body.stream:
-            return EventStream(stream(reply), reply.close, reply.headers)
-        try:
-            answer = await unless_gone(complete(reply), request.receive)
-        except ClientGoneError:
-            return Response(status_code=499)  # nginx's word for it; nobody reads this
-        finally:
-            await reply.close()
-        return JSONResponse(answer.model_dump(), headers=reply.headers)
+        request.state.asked = body.asked_profile
+        prepared = await prepare(host, body, caller_of(request))
+        return await respond(request, prepared, complete, stream)
+
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses={200: _streams("Completion"), **errors(400, 404, 413, 429, 503, 504)},
+        tags=["chat"],
+        summary="Continue plain text under a profile",
+    )
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        request.state.asked = body.asked_profile
+        prepared = await prepare_completion(host, body, caller_of(request))
+        return await respond(request, prepared, complete_text, stream_text)
+
+    @app.post("/tokenize", responses=errors(400, 404), tags=["chat"], summary="Count a prompt")
+    async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
+        """The tokens that a prompt, or messages in the chat template, are to the model."""
+        body.check()
+        caller_of(request).sees(host.profiles).choose(body.model)
+        if body.prompt is not None:
+            tokens = await tokenize_text(host, body.prompt, body.add_special_tokens is not False)
+        else:
+            tokens = await render_prompt(host, body)
+        texts = None
+        if body.return_token_strs:
+            text_of = host.token_texts.text_of
+            texts = await asyncio.to_thread(lambda: list(map(text_of, tokens)))
+        return Tokens(
+            count=len(tokens),
+            max_model_len=host.engine.max_model_len,
+            tokens=tokens,
+            token_strs=texts,
+        )
 
 
 def _add_lists(app: FastAPI, host: Host) -> None:
-    def card(model: str) -> ModelCard:
-        return host.profiles.model_card(
+    def seen(request: Request) -> ProfileStore:
+        return caller_of(request).sees(host.profiles)
+
+    def card(profiles: ProfileStore, model: str) -> ModelCard:
+        return profiles.model_card(
             model, created=host.created, max_model_len=host.engine.max_model_len
         )
 
     @app.get("/v1/models", responses=errors(), tags=["models"], summary="List models")
-    async def list_models() -> ModelList:
-        """Every value that `model` may have in a request."""
-        return ModelList(data=[card(model) for model in host.profiles.model_ids])
+    async def list_models(request: Request) -> ModelList:
+        """Every value that `model` may have in a request with this key."""
+        profiles = seen(request)
+        return ModelList(data=[card(profiles, model) for model in profiles.model_ids])
 
     @app.get(
         "/v1/models/{model:path}", responses=errors(404), tags=["models"], summary="Show a model"
     )
-    async def show_model(model: str) -> ModelCard:
-        return card(model)
+    async def show_model(model: str, request: Request) -> ModelCard:
+        return card(seen(request), model)
 
     @app.get(
         "/v1/steering/profiles", responses=errors(), tags=["steering"], summary="List profiles"
     )
-    async def list_profiles() -> ProfileList:
-        return ProfileList(data=[host.profiles.card(profile) for profile in host.profiles])
+    async def list_profiles(request: Request) -> ProfileList:
+        return ProfileList(data=[host.profiles.card(profile) for profile in seen(request)])
 
     @app.get(
         "/v1/steering/profiles/{name}",
@@ -148,8 +207,8 @@ def _add_lists(app: FastAPI, host: Host) -> None:
         tags=["steering"],
         summary="Show a profile",
     )
-    async def show_profile(name: str) -> ProfileCard:
-        return host.profiles.card(host.profiles.resolve(name, param="name"))
+    async def show_profile(name: str, request: Request) -> ProfileCard:
+        return host.profiles.card(seen(request).resolve(name, param="name"))
 
 
 def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
@@ -183,7 +242,8 @@ def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
     )
     async def show_metrics(request: Request) -> Response:
         metrics.watch(host.engine.stats())
-        page, content_type = metrics.page(request.headers.get("accept", ""))
+        hidden = caller_of(request).hidden_labels(host.profiles)
+        page, content_type = metrics.page(request.headers.get("accept", ""), hidden)
         return Response(page, headers={"Content-Type": content_type})
 
 
@@ -200,7 +260,7 @@ def _describe(host: Host, metrics: Metrics) -> None:
         str(lm.device),
     ).set(1)
     for profile in host.profiles:
-        metrics.profile_info.labels(profile.name, profile.fingerprint[:12], profile.method).set(1)
+        metrics.add_profile(profile.name, profile.fingerprint, profile.method)
 
 
 def _declare_truthfully(app: FastAPI) -> None:
@@ -213,6 +273,7 @@ def _declare_truthfully(app: FastAPI) -> None:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
+            declare_access(document)
             schemas = document["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)

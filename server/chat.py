@@ -1,196 +1,128 @@
-"""A chat request's way: submitted to the engine, read as text, judged, accounted for."""
+"""Answers in the shape of OpenAI's chat completions, whole or as server-sent events."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
-from collections.abc import AsyncGenerator
-from functools import cached_property
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from server.detokenize import Detokenizer
-from server.engine.base import (
-    EngineError,
-    EngineStoppedError,
-    FinishReason,
-    PromptScores,
+from server.reply import Answer, Reply, TextToken
+from server.responses import (
+    ChatCompletion,
+    ChatLogprobs,
+    Choice,
+    ReplyMessage,
+    TokenLogprob,
+    TopLogprob,
 )
-from server.errors import (
-    ApiError,
-    InternalError,
-    from_engine,
-)
-from server.hosting import Host
-from server.metrics import Metrics, ReplyMeter
-from server.prepare import Prepared
-from server.profiles import finite
-from server.responses import ChatCompletion, Choice, Receipt, ReplyMessage, Usage
-from server.sse import DONE, event
-from steering.judge import Outcome
+from server.sse import event, guarded
+from server.token_text import TokenTexts
+from server.tool_parsers import Call
 
-logger = logging.getLogger(__name__)
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON has no word for, as in OpenAI's API."""
 
 
-class Reply:
-    """One reply under way: read `pieces` to the end, then `conclude`, and `close` in any case."""
-
-    def __init__(self, host: Host, metrics: Metrics, prepared: Prepared, since: float) -> None:
-        """Submit the request. Raises EngineError where the engine turns it down."""
-        self.host = host
-        self.prepared = prepared
-        self.created = int(time.time())
-        self.finish_reason: FinishReason | None = None
-        self._text: list[str] = []
-        self._scores = PromptScores()
-        self._outcome: Outcome | None = None
-        self._tokens = host.engine.generate(prepared.request)
-        self._meter = ReplyMeter(
-            metrics, prepared.profile.name, len(prepared.request.prompt_ids), since
-        )
-
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """The reply's text as it comes. Raises ApiError."""
-        detokenizer = Detokenizer(self.host.lm.tokenizer)
-        try:
-            async for token in self._tokens:
-                self._meter.token(token.scores, token.queue_seconds)
-                if token.scores is not None:
-                    self._scores = token.scores
-                # A token that ends the sequence is not part of the text, special or not.
-                piece = "" if token.finish_reason == "stop" else detokenizer.push(token.token_id)
-                if token.finish_reason is not None:
-                    piece += detokenizer.flush()
-                    self.finish_reason = token.finish_reason
-                if piece:
-                    self._text.append(piece)
-                    yield piece
-            if self.finish_reason is None:
-                raise EngineStoppedError("it stopped in the middle of a reply")
-        except EngineError as error:
-            self._meter.end("error")
-            logger.warning("%s: %s", self.prepared.request.request_id, error)
-            raise from_engine(error) from error
-        except Exception:
-            self._meter.end("error")
-            raise
-        self._meter.end(self.finish_reason)
-
-    async def conclude(self) -> None:
-        """Judge the whole reply."""
-        start = time.perf_counter()
-        try:
-            outcome = await asyncio.to_thread(self.host.judge, self.text)
-        except Exception:  # a reply is worth more than its judgement
-            logger.exception("%s could not be judged", self.prepared.request.request_id)
-            return
-        self._outcome = outcome
-        prompt_class = self.host.prompt_class(self._scores.benign_probability)
-        self._meter.judged(prompt_class, outcome, time.perf_counter() - start)
-
-    async def close(self) -> None:
-        """Cancel the request if it has not ended."""
-        self._meter.end("cancelled")
-        await self._tokens.aclose()
-
-    @property
-    def text(self) -> str:
-        return "".join(self._text)
-
-    @cached_property
-    def headers(self) -> dict[str, str]:
-        """What is known before the first token."""
-        profile, ignored = self.prepared.profile, self.prepared.ignored
-        headers = {
-            "X-Steering-Profile": profile.name,
-            "X-Steering-Fingerprint": profile.fingerprint,
-        }
-        if ignored:
-            headers["X-Ignored-Fields"] = ", ".join(dict.fromkeys(map(_header_safe, ignored[:20])))
-        return headers
-
-    @property
-    def receipt(self) -> Receipt:
-        scores, profile = self._scores, self.prepared.profile
-        # Any, because mypy takes what is unpacked for every argument.
-        derived: dict[str, Any] = (
-            {"derived_base": True} if self.host.profiles.derived_base(profile) else {}
-        )
-        return Receipt(
-            profile=profile.name,
-            fingerprint=profile.fingerprint,
-            strength=self.prepared.strength,
-            refusal_score=finite(scores.refusal_score),
-            answer_probability=finite(scores.answer_probability),
-            benign_probability=finite(scores.benign_probability),
-            outcome=self._outcome,
-            **derived,
-        )
-
-    @property
-    def usage(self) -> Usage:
-        prompt, completion = len(self.prepared.request.prompt_ids), self._meter.tokens
-        return Usage(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
-        )
-
-    @property
-    def system_fingerprint(self) -> str:
-        weights = self.host.lm.fingerprint.weights[:8]
-        return f"fp_{weights}_{self.prepared.profile.fingerprint[:8] or 'raw'}"
-
-
-async def complete(reply: Reply) -> ChatCompletion:
+async def complete(answer: Answer) -> ChatCompletion:
     """The whole answer in one piece. Raises ApiError."""
-    async for _ in reply.pieces():
+    async for _ in answer.pieces():
         pass
-    await reply.conclude()
-    assert reply.finish_reason is not None
-    choice = Choice(message=ReplyMessage(content=reply.text), finish_reason=reply.finish_reason)
     return ChatCompletion(
-        id=reply.prepared.request.request_id,
-        created=reply.created,
-        model=reply.prepared.body.model,
-        system_fingerprint=reply.system_fingerprint,
-        choices=[choice],
-        usage=reply.usage,
-        steering=reply.receipt,
+        **answer.head,
+        choices=[_choice(answer, reply) for reply in answer.replies],
+        usage=answer.usage,
+        steering=answer.receipt,
     )
 
 
-async def stream(reply: Reply) -> AsyncGenerator[str, None]:
+def _choice(answer: Answer, reply: Reply) -> Choice:
+    message = ReplyMessage(
+        content=None if reply.calls and not reply.text else reply.text,
+        tool_calls=reply.calls or None,
+    )
+    return Choice(
+        index=reply.index,
+        message=message,
+        logprobs=chat_logprobs(answer, reply.tokens),
+        finish_reason=reply.told_finish_reason,
+        steering=answer.choice_receipt(reply),
+    )
+
+
+def stream(answer: Answer) -> AsyncGenerator[str, None]:
     """The answer in server-sent events. Its status is 200 by now, so errors are events too."""
-    options = reply.prepared.body.stream_options
-    with_usage = options is not None and bool(options.include_usage)
-    head: dict[str, Any] = {
-        "id": reply.prepared.request.request_id,
-        "object": "chat.completion.chunk",
-        "created": reply.created,
-        "model": reply.prepared.body.model,
-        "system_fingerprint": reply.system_fingerprint,
-    }
-
-    def chunk(delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> str:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        # OpenAI's: with `include_usage`, every chunk has the key.
-        usage = {"usage": None} if with_usage else {}
-        return event({**head, "choices": [choice], **usage, **more})
-
-    try:
-        yield chunk({"role": "assistant", "content": ""})
-        async for piece in reply.pieces():
-            yield chunk({"content": piece})
-        await reply.conclude()
-        yield chunk({}, reply.finish_reason, steering=reply.receipt.model_dump())
-        if with_usage:
-            yield event({**head, "choices": [], "usage": reply.usage.model_dump()})
-    except ApiError as error:
-        yield event(error.envelope)
-    except Exception:
-        logger.exception("%s failed", head["id"])
-        yield event(InternalError("Something broke on the server.").envelope)
-    yield DONE
+    return guarded(_events(answer), answer.prepared.id)
 
 
-def _header_safe(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]") else "?" for c in name[:64])
+async def _events(answer: Answer) -> AsyncGenerator[str, None]:
+    head = {**answer.head, "object": "chat.completion.chunk"}
+    with_usage = answer.prepared.body.include_usage
+    # OpenAI's: with `include_usage`, every chunk has the key.
+    usage = {"usage": None} if with_usage else {}
+
+    def chunk(reply: Reply, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "index": reply.index,
+            "delta": delta,
+            "logprobs": None,
+            "finish_reason": None,
+        } | more
+
+    for reply in answer.replies:
+        first = chunk(reply, {"role": "assistant", "content": ""})
+        yield event({**head, "choices": [first], **usage})
+    under_way = len(answer.replies)
+    async with aclosing(answer.pieces()) as pieces:
+        async for reply, piece in pieces:
+            if piece is not None:
+                logprobs = chat_logprobs(answer, piece.tokens)
+                if piece.text or (logprobs and logprobs.content):
+                    choice = chunk(
+                        reply, {"content": piece.text}, logprobs=logprobs and logprobs.model_dump()
+                    )
+                    yield event({**head, "choices": [choice], **usage})
+                for call in piece.calls:
+                    for delta in _call_deltas(call, reply.calls[call.index].id):
+                        choice = chunk(reply, {"tool_calls": [delta]})
+                        yield event({**head, "choices": [choice], **usage})
+                continue
+            under_way -= 1
+            choice = chunk(reply, {}, finish_reason=reply.told_finish_reason)
+            if (own := answer.choice_receipt(reply)) is not None:
+                choice["steering"] = own.model_dump()
+            receipt = {} if under_way else {"steering": answer.receipt.model_dump()}
+            yield event({**head, "choices": [choice], **usage, **receipt})
+    if with_usage:
+        yield event({**head, "choices": [], "usage": answer.usage.model_dump()})
+
+
+def _call_deltas(call: Call, call_id: str) -> Iterator[dict[str, Any]]:
+    """As OpenAI streams a call: id and name first, then the arguments."""
+    function = {"name": call.name, "arguments": ""}
+    yield {"index": call.index, "id": call_id, "type": "function", "function": function}
+    yield {"index": call.index, "function": {"arguments": call.arguments}}
+
+
+def chat_logprobs(answer: Answer, tokens: Sequence[TextToken]) -> ChatLogprobs | None:
+    """Log-probabilities of these tokens, if the request asks for any."""
+    if answer.prepared.body.wanted_logprobs is None:
+        return None
+    texts = answer.host.token_texts
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(
+                **_told(texts, t.token.token_id, t.token.logprob).model_dump(),
+                top_logprobs=[_told(texts, i, p) for i, p in t.token.top_logprobs],
+            )
+            for t in tokens
+        ]
+    )
+
+
+def _told(texts: TokenTexts, token_id: int, logprob: float) -> TopLogprob:
+    value = texts.bytes_of(token_id)
+    return TopLogprob(
+        token=texts.text_of(token_id),
+        logprob=max(logprob, LEAST_LOGPROB),
+        bytes=None if value is None else list(value),
+    )

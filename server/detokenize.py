@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
@@ -17,10 +17,17 @@ class Detokenizer:
     A token's text depends on the tokens before it (a leading space, the rest of a character), so
     each is decoded together with the ones that made the last piece, and the difference is new.
     The pieces put together are the whole reply, streamed or not.
+
+    Args:
+        keep: special tokens to show; all others are left out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, keep: Collection[str] = ()) -> None:
         self._decode = _decoder(tokenizer)
+        special = special_tokens(tokenizer) if keep else {}
+        if not special.keys().isdisjoint(keep):
+            hidden = {token_id for name, token_id in special.items() if name not in keep}
+            self._decode = _decoder_that_hides(tokenizer, hidden)
         self._context: list[int] = []
         self._shown = ""
         """The context's text, all of which was handed out."""
@@ -46,9 +53,21 @@ class Detokenizer:
         return new
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that are no part of the text, by name."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: token_id for token_id, token in added if token.special}
+
+
 def _decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     """The quickest way to decode: transformers' own adds many times the work to each call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and not tokenizer.clean_up_tokenization_spaces:
         return lambda ids: str(backend.decode(list(ids), skip_special_tokens=True))
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _decoder_that_hides(tokenizer: Any, hidden: Collection[int]) -> Callable[[Sequence[int]], str]:
+    return lambda ids: str(
+        tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
+    )

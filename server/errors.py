@@ -3,9 +3,13 @@
     ApiError                      status  code
       InvalidRequestError         400     invalid_value, unsupported_parameter, ...
         ContextLengthError        400     context_length_exceeded
+      UnauthorizedError           401     invalid_api_key
+      ForbiddenError              403     insufficient_scope, forbidden
       NotFoundError               404     model_not_found, not_found
+      ConflictError               409     conflict
       BodyTooLargeError           413     body_too_large
       OverloadedError             429     queue_full, with Retry-After
+      RateLimitError              429     rate_limit_exceeded, with Retry-After
       InternalError               500     internal_error
       UnavailableError            503     engine_stopped
 
@@ -26,6 +30,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server.engine.base import (
+    ConstraintError,
+    DeadlineExceededError,
     EngineError,
     EngineStoppedError,
     PromptTooLongError,
@@ -86,6 +92,24 @@ class ContextLengthError(InvalidRequestError):
     reason = "context_length"
 
 
+class UnauthorizedError(ApiError):
+    """No key, or one that is not valid (any more)."""
+
+    status = 401
+    type = "invalid_request_error"  # as OpenAI has it
+    default_code = "invalid_api_key"
+    reason = "unauthorized"
+
+
+class ForbiddenError(ApiError):
+    """The key is valid, but not for this; or the server was not told to allow it."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "insufficient_scope"
+    reason = "forbidden"
+
+
 class NotFoundError(ApiError):
     """No such model, profile or experiment."""
 
@@ -93,6 +117,15 @@ class NotFoundError(ApiError):
     type = "invalid_request_error"
     default_code = "model_not_found"
     reason = "not_found"
+
+
+class ConflictError(ApiError):
+    """What the server holds already stands in the way."""
+
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+    reason = "conflict"
 
 
 class BodyTooLargeError(ApiError):
@@ -113,6 +146,15 @@ class OverloadedError(ApiError):
     reason = "queue_full"
 
 
+class RateLimitError(ApiError):
+    """The key has used up its minute."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+    reason = "rate_limited"
+
+
 class InternalError(ApiError):
     """Something broke while this request was computed; others are not concerned."""
 
@@ -126,16 +168,30 @@ class UnavailableError(ApiError):
     reason = "unavailable"
 
 
+class DeadlineError(ApiError):
+    """The answer was not ready in time."""
+
+    status = 504
+    type = "server_error"
+    default_code = "deadline_exceeded"
+    reason = "deadline"
+
+
 REJECTION_REASONS = sorted(
     kind.reason
     for kind in (
         InvalidRequestError,
         ContextLengthError,
+        UnauthorizedError,
+        ForbiddenError,
         NotFoundError,
+        ConflictError,
         BodyTooLargeError,
         OverloadedError,
+        RateLimitError,
         InternalError,
         UnavailableError,
+        DeadlineError,
     )
 )
 
@@ -157,6 +213,17 @@ def from_engine(error: EngineError) -> ApiError:
         )
     if isinstance(error, EngineStoppedError):
         return UnavailableError(f"The engine cannot take requests: {error}.")
+    if isinstance(error, ConstraintError):
+        return InvalidRequestError(
+            f"The reply cannot go on in the shape that was asked for: {error}. Ask for a simpler "
+            "schema.",
+            param="response_format",
+        )
+    if isinstance(error, DeadlineExceededError):
+        return DeadlineError(
+            "The request was not answered in time (--request-timeout). Ask for fewer tokens, or "
+            "try again when the server is less busy."
+        )
     # The reason is in the log; it may hold paths and is of no use to a client.
     return InternalError("The computation of this request failed. Others are not concerned.")
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from server.engine.base import Engine
+from server.access import Access
+from server.audit import AuditLog
+from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
+from server.grammar import GrammarCompiler
 from server.profiles import ProfileStore, profile_files
-from server.settings import MAX_BODY_BYTES, Settings
+from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
+from server.token_text import TokenTexts
+from server.tool_parsers import ToolParserSetting
+from server.tools import ToolSupport, find_tool_support
 from steering.demo import DEMO, DEMO_NAME
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
@@ -22,8 +30,32 @@ from steering.monitor import MONITOR_FILE, Monitor, PromptClass
 from steering.plan import sites_of
 from steering.profile import Profile
 from steering.selftest import self_test
+from steering.template import TemplateForm, check_kwargs, form_of, prompt_ending, with_form
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RegistrationLimits:
+    """What may be registered at run time.
+
+    Args:
+        folder: profiles may be named by a path in it; None forbids paths.
+        max_profiles: served at once, `raw` included.
+        max_bytes: of one file.
+    """
+
+    folder: Path | None = None
+    max_profiles: int = 64
+    max_bytes: int = MAX_PROFILE_BYTES
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that a request may bring."""
+
+    messages: int = MAX_MESSAGES
+    prompt_characters: int | None = None
 
 
 @dataclass
@@ -33,7 +65,13 @@ class Host:
     Args:
         judge: outcome of a reply's text; called off the event loop.
         monitor: says what class a prompt's benign probability means.
+        monitor_read: when its probes are read.
         max_body_bytes: longer request bodies are refused unread.
+        request_timeout: seconds that a request may take, waiting and computing.
+        registration: limits on profiles that come while the server runs.
+        limits: what else is refused before any work.
+        access: who may do what; without keys, everybody who can connect may do everything.
+        tool_parser: how the model writes tool calls.
     """
 
     engine: Engine
@@ -41,7 +79,14 @@ class Host:
     profiles: ProfileStore
     judge: Callable[[str], Outcome] = judge
     monitor: Monitor | None = None
+    monitor_read: MonitorRead = "always"
     max_body_bytes: int = MAX_BODY_BYTES
+    request_timeout: float = math.inf
+    registration: RegistrationLimits = RegistrationLimits()
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
+    cors_origins: tuple[str, ...] = ()
+    tool_parser: ToolParserSetting = "auto"
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -55,11 +100,32 @@ class Host:
     def close(self) -> None:
         self.draining = True
         self.engine.close()
+        self.access.audit.close()
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        return TokenTexts(self.lm.tokenizer)
 
     @property
     def ready(self) -> bool:
         """True while new requests are welcome."""
         return not self.draining and self.engine.healthy()
+
+    @cached_property
+    def prompt_ending(self) -> tuple[int, ...]:
+        """Token ids that all prompts end with which the monitor was fitted on."""
+        return (
+            () if self.monitor is None else prompt_ending(with_form(self.lm, self.monitor.template))
+        )
+
+    @cached_property
+    def tools(self) -> ToolSupport:
+        """What the model's template can do with tools; takes some milliseconds to find out."""
+        return find_tool_support(self.lm, self.tool_parser)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.lm)
 
     def prompt_class(self, benign_probability: float | None) -> PromptClass:
         if self.monitor is None or benign_probability is None:
@@ -72,6 +138,7 @@ def open_host(settings: Settings) -> Host:
 
     Raises ValueError, in one line that says what to do, for whatever cannot be served.
     """
+    access = open_access(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     lm = _load(settings)
@@ -88,6 +155,7 @@ def open_host(settings: Settings) -> Host:
         allow_derived=settings.allow_derived_base,
     )
     monitor = _load_monitor(settings, lm, paths)
+    _warn_of_other_forms(lm, store, monitor)
     for profile in store:
         self_test(lm, profile)
         logger.info("profile %s passed its self-test", profile.name)
@@ -102,11 +170,38 @@ def open_host(settings: Settings) -> Host:
         max_waiting=settings.max_waiting,
         prefill_chunk=settings.prefill_chunk,
         max_unsplit_prompt=settings.max_unsplit_prompt,
+        prefix_cache_mib=settings.prefix_cache_mib,
         monitor=monitor,
     )
     if settings.fold is None:
         engine.attach(sites_of(edit for profile in store for edit in profile.edits))
-    return Host(engine, lm, store, monitor=monitor, max_body_bytes=settings.max_body_bytes)
+    return Host(
+        engine,
+        lm,
+        store,
+        monitor=monitor,
+        monitor_read=settings.monitor_read,
+        max_body_bytes=settings.max_body_bytes,
+        request_timeout=settings.request_timeout,
+        registration=RegistrationLimits(
+            settings.profile_dir, settings.max_profiles, settings.max_profile_bytes
+        ),
+        limits=Limits(settings.max_messages, settings.max_prompt_chars),
+        access=access,
+        cors_origins=tuple(settings.cors_origin),
+        tool_parser=settings.tool_parser,
+    )
+
+
+def open_access(settings: Settings) -> Access:
+    """Keys and audit log as the settings ask. Raises ValueError."""
+    try:
+        audit = AuditLog(settings.audit_log, with_text=settings.audit_prompts)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write --audit-log {settings.audit_log}: {error.strerror}"
+        ) from None
+    return Access(settings.keys, protect_metrics=settings.protect_metrics, audit=audit)
 
 
 def _check_answers(lm: LanguageModel) -> None:
@@ -146,11 +241,17 @@ def _load(settings: Settings) -> LanguageModel:
                 "with --model"
             )
     logger.info("loading %s on %s", name, device)
-    return load_model(
+    lm = load_model(
         name,
         device=device,
         dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         revision=settings.revision,
+    )
+    check_kwargs(lm, settings.chat_template_kwargs)
+    return replace(
+        lm,
+        template_kwargs={**lm.template_kwargs, **settings.chat_template_kwargs},
+        template_date=None,  # clients want today's
     )
 
 
@@ -168,6 +269,24 @@ def _load_monitor(settings: Settings, lm: LanguageModel, paths: list[Path]) -> M
         logger.warning("the monitor %s was fitted on other weights: scores are off", path)
         return None
     return monitor
+
+
+def _warn_of_other_forms(lm: LanguageModel, store: ProfileStore, monitor: Monitor | None) -> None:
+    """Say what was fitted on prompts of another form than a plain request's."""
+    plain = [{"role": "user", "content": ""}]
+    forms = {
+        f"profile {profile.name}": TemplateForm.from_json(profile.provenance)
+        for profile in store
+        if profile.edits
+    }
+    if monitor is not None:
+        forms["the monitor, which reads no probes of other prompts,"] = monitor.template
+    for what, form in forms.items():
+        if not form.admits(plain, lm.template_kwargs):
+            logger.warning(
+                "%s was fitted with %s; a plain request is rendered with %s",
+                what, form.to_json(), form_of(lm).to_json(),
+            )  # fmt: skip
 
 
 def _before_folded_edits(monitor: Monitor, folded: Profile) -> Monitor:

@@ -7,8 +7,9 @@ rates are right from the first event. Labels are never text of clients.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import get_args
+from weakref import WeakSet
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -16,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 
 from server.engine.base import EngineStats, PromptScores
 from server.errors import REJECTION_REASONS
+from server.redact import RedactedRegistry
 from steering.judge import Outcome
 from steering.monitor import PromptClass
 
@@ -58,6 +60,9 @@ class Metrics:
         )
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.", "profile")
         self.completion_tokens = self._counter("completion_tokens", "Tokens generated.", "profile")
+        self.cache_hits = self._counter(
+            "cache_hits", "Prompts whose beginning came from the prefix cache.", "profile"
+        )
         self.queue_time = self._histogram(
             "queue_time_seconds", "Time from submission to admission.", FIRST_TOKEN
         )
@@ -122,6 +127,9 @@ class Metrics:
             "model", "architecture", "weights", "revision", "dtype", "device",
         )  # fmt: skip
         self.build_info = self._gauge("build_info", "Always 1; what runs.", "version", "torch")
+        self.audit_lost = self._counter(
+            "audit_records_lost", "Lines that the audit log could not keep."
+        )
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by route and class of status.",
             "route", "method", "status",
@@ -133,7 +141,32 @@ class Metrics:
             "route",
             "method",
         )
-        self._create_series(profiles)
+        self._retired: set[str] = set()
+        self._meters: WeakSet[ReplyMeter] = WeakSet()
+        for reason in REJECTION_REASONS:
+            self.rejections.labels(reason)
+        for profile in profiles:
+            self._create_series(profile)
+
+    def add_profile(self, profile: str, fingerprint: str, method: str) -> None:
+        """A profile is served from now on."""
+        self._retired.discard(profile)
+        self._create_series(profile)
+        self.profile_info.labels(profile, fingerprint[:12], method).set(1)
+
+    def retire_profile(self, profile: str, fingerprint: str, method: str) -> None:
+        """A profile is served no more. Its series go when its last request has ended, so that
+        profiles that come and go leave nothing behind."""
+        self.profile_info.remove(profile, fingerprint[:12], method)
+        self._retired.add(profile)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        gone = self._retired - {meter.profile for meter in self._meters}
+        self._retired -= gone
+        for metric in (*self._by_profile(), self.requests, self.refusals, self.responses_judged):
+            for profile in gone:
+                metric.remove_by_labels({"profile": profile})
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"steering_{name}", help, labels, registry=self.registry)
@@ -146,33 +179,41 @@ class Metrics:
     ) -> Histogram:
         return Histogram(f"steering_{name}", help, labels, buckets=buckets, registry=self.registry)
 
-    def _create_series(self, profiles: Iterable[str]) -> None:
-        for reason in REJECTION_REASONS:
-            self.rejections.labels(reason)
-        for profile in profiles:
-            for reason in FINISH_REASONS:
-                self.requests.labels(profile, reason)
-            for prompt_class in PROMPT_CLASSES:
-                self.refusals.labels(profile, prompt_class)
-                for outcome in JUDGED:
-                    self.responses_judged.labels(profile, prompt_class, outcome)
-            for metric in (
-                self.prompt_tokens, self.completion_tokens, self.time_to_first_token,
-                self.inter_token_latency, self.request_duration, self.refusal_score,
-                self.answer_probe, self.benign_probe, self.edit_norm, self.gate_value,
-            ):  # fmt: skip
-                metric.labels(profile)
+    def _by_profile(self) -> tuple[Counter | Histogram, ...]:
+        """Metrics whose only label is the profile."""
+        return (
+            self.prompt_tokens, self.completion_tokens, self.time_to_first_token,
+            self.inter_token_latency, self.request_duration, self.refusal_score,
+            self.answer_probe, self.benign_probe, self.edit_norm, self.gate_value,
+            self.cache_hits,
+        )  # fmt: skip
+
+    def _create_series(self, profile: str) -> None:
+        for reason in FINISH_REASONS:
+            self.requests.labels(profile, reason)
+        for prompt_class in PROMPT_CLASSES:
+            self.refusals.labels(profile, prompt_class)
+            for outcome in JUDGED:
+                self.responses_judged.labels(profile, prompt_class, outcome)
+        for metric in self._by_profile():
+            metric.labels(profile)
 
     def watch(self, stats: EngineStats) -> None:
         """Take over what the engine says of itself; called before each scrape."""
+        self._sweep()
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)
         self.slots_used.set(stats.slots_used)
 
-    def page(self, accept: str) -> tuple[bytes, str]:
-        """The metrics page in the format that the scraper prefers, and its content type."""
+    def page(self, accept: str, hidden: Collection[str] = ()) -> tuple[bytes, str]:
+        """The metrics page in the format that the scraper prefers, and its content type.
+
+        Args:
+            hidden: profiles whose series are summed under `restricted`.
+        """
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        registry = RedactedRegistry(self.registry, hidden) if hidden else self.registry
+        return encode(registry), content_type
 
     @property
     def names(self) -> list[str]:
@@ -192,25 +233,35 @@ class ReplyMeter:
 
     def __init__(self, metrics: Metrics, profile: str, prompt_tokens: int, since: float) -> None:
         self._metrics = metrics
-        self._profile = profile
+        self.profile = profile
+        metrics._meters.add(self)
         self._prompt_tokens = prompt_tokens
         self._since = since
         self._last: float | None = None
         self._gaps = metrics.inter_token_latency.labels(profile)
         self._ended = False
         self.tokens = 0
+        self.cached_tokens = 0
 
-    def token(self, scores: PromptScores | None, queue_seconds: float | None) -> None:
+    def token(
+        self,
+        scores: PromptScores | None,
+        queue_seconds: float | None,
+        cached_tokens: int | None = None,
+    ) -> None:
         """A token came; the first one brings scores."""
         now = time.perf_counter()
         self.tokens += 1
         if self._last is not None:
             self._gaps.observe(now - self._last)
         else:
-            self._metrics.time_to_first_token.labels(self._profile).observe(now - self._since)
+            self._metrics.time_to_first_token.labels(self.profile).observe(now - self._since)
         self._last = now
         if queue_seconds is not None:
             self._metrics.queue_time.observe(queue_seconds)
+        if cached_tokens:
+            self.cached_tokens = cached_tokens
+            self._metrics.cache_hits.labels(self.profile).inc()
         if scores is not None:
             self._observe(scores)
 
@@ -223,20 +274,20 @@ class ReplyMeter:
             *((self._metrics.gate_value, value) for value in scores.gate_values),
         ):
             if value is not None:
-                histogram.labels(self._profile).observe(value)
+                histogram.labels(self.profile).observe(value)
 
     def judged(self, prompt_class: PromptClass, outcome: Outcome, seconds: float) -> None:
         self._metrics.judge_seconds.observe(seconds)
-        self._metrics.responses_judged.labels(self._profile, prompt_class, outcome).inc()
+        self._metrics.responses_judged.labels(self.profile, prompt_class, outcome).inc()
         if outcome == "refusal":
-            self._metrics.refusals.labels(self._profile, prompt_class).inc()
+            self._metrics.refusals.labels(self.profile, prompt_class).inc()
 
     def end(self, finish_reason: str) -> None:
         """The reply ended; only the first call counts."""
         if self._ended:
             return
         self._ended = True
-        m, profile = self._metrics, self._profile
+        m, profile = self._metrics, self.profile
         m.requests.labels(profile, finish_reason).inc()
         m.prompt_tokens.labels(profile).inc(self._prompt_tokens)
         m.completion_tokens.labels(profile).inc(self.tokens)

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import BodyTooLargeError, InternalError, error_response
+from server.logs import current_request
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class RequestMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {}).update(request_id=request_id, arrived=since)
+        current_request.set(request_id)
         status = received = 0
         too_large = BodyTooLargeError(
             f"The body is larger than {self.max_body_bytes} bytes (--max-body-bytes)."

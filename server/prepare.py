@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from server.engine.base import EngineRequest, Sampling
+from server.access import Caller
+from server.composition import Composition, compose
+from server.engine.base import EngineRequest, PromptTooLongError, Sampling, SamplingError
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from server.hosting import Host
-from server.protocol import ChatRequest
-from steering.edit import AppliedEdit
+from server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+    TokenizeRequest,
+)
+from server.structured import constrain
+from server.templating import WITHOUT_TEMPLATE, Reading, asked_kwargs, reading
+from server.tools import Tool, ToolSupport, ToolUse, plan_tools
 from steering.profile import Profile
 
 DEFAULT_MAX_TOKENS = 256
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's own."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 CHARACTERS_PER_TOKEN = 64
 """More than any real text has on average; only runs of blanks come near."""
@@ -22,78 +37,245 @@ CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that was understood: who answers, and what the engine is asked."""
+    """A request that was understood: who asks, who answers, and what the engine is asked.
 
-    body: ChatRequest
-    profile: Profile
-    strength: float
-    request: EngineRequest
+    Args:
+        requests: one per choice; those of the first prompt come first.
+        out_of_template: the prompt is of another form than the monitor was fitted on.
+    """
+
+    id: str
+    body: GenerationRequest
+    caller: Caller
+    composition: Composition
+    requests: tuple[EngineRequest, ...]
     ignored: tuple[str, ...]
+    out_of_template: bool = False
+    tools: ToolUse = field(default_factory=ToolUse)
+
+    @property
+    def request(self) -> EngineRequest:
+        """That of the first choice."""
+        return self.requests[0]
 
 
-async def prepare(host: Host, body: ChatRequest) -> Prepared:
-    """Check a request and render its prompt. Raises ApiError."""
+def profiles_used(prepared: Prepared) -> tuple[Profile, ...]:
+    """Every profile that a request asked for, whatever its strength: what access depends on."""
+    return prepared.composition.profiles
+
+
+async def prepare(host: Host, body: ChatRequest, caller: Caller) -> Prepared:
+    """Check a chat request and render its prompt. Raises ApiError."""
     ignored = body.check()
+    _check_ready(host)
+    composition = compose(caller.sees(host.profiles), body.model, body.steering)
+    _check_choices(host, body, 1)
+    tools = await choose_tools(host, body)
+    prompt = await render_prompt(host, body, tools.offered)
+    constraint = await constrain(host.grammars, host.lm, body.response_format, tools)
+    prepared = _prepared(
+        host, body, caller, "chatcmpl", composition, [prompt], ignored, reading(host, body, prompt),
+        param="messages", default_tokens=DEFAULT_MAX_TOKENS,
+    )  # fmt: skip
+    requests = tuple(replace(r, constraint=constraint) for r in prepared.requests)
+    return replace(prepared, requests=requests, tools=tools)
+
+
+async def prepare_completion(host: Host, body: CompletionRequest, caller: Caller) -> Prepared:
+    """Check a plain completion and tokenise its prompts. Raises ApiError."""
+    ignored = body.check()
+    _check_ready(host)
+    composition = compose(caller.sees(host.profiles), body.model, body.steering)
+    _check_choices(host, body, len(body.prompts))
+    special = body.add_special_tokens is not False
+    prompts = [
+        await tokenize_text(host, prompt, special) if isinstance(prompt, str) else prompt
+        for prompt in body.prompts
+    ]
+    readable = Reading() if host.monitor is None else WITHOUT_TEMPLATE
+    return _prepared(
+        host, body, caller, "cmpl", composition, prompts, ignored, readable, param="prompt",
+        default_tokens=DEFAULT_COMPLETION_TOKENS,
+    )  # fmt: skip
+
+
+def _prepared(
+    host: Host,
+    body: GenerationRequest,
+    caller: Caller,
+    kind: str,
+    composition: Composition,
+    prompts: Sequence[Sequence[int]],
+    ignored: list[str],
+    readable: Reading,
+    *,
+    param: str,
+    default_tokens: int,
+) -> Prepared:
+    probes = readable.probes and host.monitor_read != "off"
+    id = f"{kind}-{uuid.uuid4().hex}"
+    requests: list[EngineRequest] = []
+    for prompt in prompts:
+        request = EngineRequest(
+            request_id=id,
+            prompt_ids=tuple(prompt),
+            sampling=_sampling(body, len(prompt), host.engine.max_model_len, param, default_tokens),
+            edits=composition.edits,
+            answer_probe=composition.answer_probe if probes else None,
+            benign_read=host.monitor_read if probes else "off",
+            refusal_score=readable.refusal_score,
+            client=caller.id,
+            deadline=time.monotonic() + host.request_timeout,
+        )
+        _check(host, request, param)
+        requests += [_choice(request, i) for i in range(body.choices)]
+    if len(requests) > 1:
+        requests = [replace(r, request_id=f"{id}-{i}") for i, r in enumerate(requests)]
+    return Prepared(
+        id, body, caller, composition, tuple(requests), tuple(ignored), not readable.probes
+    )
+
+
+def _choice(request: EngineRequest, index: int) -> EngineRequest:
+    """The request of a prompt's choice: each has a seed of its own, if there is one."""
+    seed = request.sampling.seed
+    if seed is None or not index:
+        return request
+    return replace(request, sampling=replace(request.sampling, seed=seed + index))
+
+
+def _check_ready(host: Host) -> None:
     if not host.ready:
         raise UnavailableError("The server cannot take requests now.", headers={"Retry-After": "5"})
-    profile, strength, edits = choose_edits(host, body)
-    prompt = await render_prompt(host, body)
-    request = EngineRequest(
-        request_id=f"chatcmpl-{uuid.uuid4().hex}",
-        prompt_ids=tuple(prompt),
-        sampling=_sampling(body, len(prompt), host.engine.max_model_len),
-        edits=edits,
-        answer_probe=_answer_probe(profile, strength),
-    )
+
+
+def _check_choices(host: Host, body: GenerationRequest, prompts: int) -> None:
+    slots = host.engine.stats().slots
+    if body.choices * prompts > slots:
+        each = f" for each of {prompts} prompts" if prompts > 1 else ""
+        raise InvalidRequestError(
+            f"This server computes at most {slots} replies at once (--max-num-seqs), and one "
+            f"request asks for {body.choices}{each}; ask for fewer.",
+            param="n" if prompts == 1 else "prompt",
+        )
+
+
+def _check(host: Host, request: EngineRequest, param: str) -> None:
+    """Ask the engine whether it could run this."""
     try:
         host.engine.check(request)
+    except PromptTooLongError as error:
+        raise ContextLengthError(_one_line(error), param=param) from error
+    except SamplingError as error:
+        raise InvalidRequestError(_one_line(error), param=error.field) from error
     except ValueError as error:
-        raise InvalidRequestError(_one_line(error)) from error
-    return Prepared(body, profile, strength, request, tuple(ignored))
+        raise InvalidRequestError(_one_line(error), param=param) from error
 
 
-def choose_edits(host: Host, body: ChatRequest) -> tuple[Profile, float, tuple[AppliedEdit, ...]]:
-    """The profile that answers, its strength, and what the engine applies. Raises ApiError."""
-    steering = body.steering
-    profile = host.profiles.choose(body.model, steering.profile if steering is not None else None)
-    strength = profile.strength
-    if steering is not None and steering.strength is not None:
-        strength = steering.strength
-    if profile.name != host.profiles.folded:
-        return profile, strength, profile.applied(strength)
-    if strength != profile.strength:
-        raise InvalidRequestError(
-            f"{profile.name!r} is folded into the weights at strength {profile.strength}; leave "
-            "'steering.strength' out.",
-            param="steering.strength",
-        )
-    return profile, strength, ()
+async def choose_tools(host: Host, body: ChatRequest) -> ToolUse:
+    """What the request's tools come to with this model's template. Raises ApiError."""
+    support = await asyncio.to_thread(lambda: host.tools) if body.tools else ToolSupport()
+    return plan_tools(
+        support, host.tool_parser, body.tools or (), body.tool_choice, body.parallel_tool_calls
+    )
 
 
-async def render_prompt(host: Host, body: ChatRequest) -> list[int]:
+async def render_prompt(
+    host: Host, body: ChatRequest | TokenizeRequest, offered: Sequence[Tool] = ()
+) -> list[int]:
     """Token ids of the conversation in the model's chat template. Raises ApiError."""
-    messages = [message.rendered() for message in body.messages]
-    characters = sum(len(message["content"]) for message in messages)
-    if characters > CHARACTERS_PER_TOKEN * host.engine.max_model_len:
-        # Tokenising this would take long, only to find that it does not fit.
-        raise ContextLengthError(
-            f"This server takes {host.engine.max_model_len} tokens, prompt and reply together. The "
-            f"messages have {characters} characters, more than so many tokens can hold; shorten "
-            "them.",
-            param="messages",
-        )
-    if any(SURROGATE.search(message["content"]) for message in messages):
-        raise InvalidRequestError(
-            "The messages hold half of a surrogate pair, which is no text.", param="messages"
-        )
+    _check_count(host, body.messages or ())
+    await _check_turns(host, body.messages or ())
+    turns = [turn.rendered(f"messages[{i}]") for i, turn in enumerate(body.messages or ())]
+    tools = [tool.rendered() for tool in offered]
+    texts = _texts([[turn["content"], turn.get("tool_calls")] for turn in turns] + tools)
+    check_text(host, list(texts), "messages")
+    more: dict[str, Any] = {
+        **body.template_flags,
+        **asked_kwargs(host, body),
+        **({"tools": tools} if tools else {}),
+    }
     try:
         # Templates and tokenisers take their time; other requests' tokens must not wait for it.
-        return await asyncio.to_thread(host.lm.encode_chat, messages)
+        return await asyncio.to_thread(lambda: host.lm.encode_chat(turns, **more))
     except ValueError as error:
         raise InvalidRequestError(_one_line(error), param="messages") from error
 
 
-def _sampling(body: ChatRequest, prompt_tokens: int, limit: int) -> Sampling:
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in a tree of JSON."""
+    pending = [value]
+    while pending:
+        match pending.pop():
+            case str() as text:
+                yield text
+            case dict() as mapping:
+                pending += [*mapping, *mapping.values()]
+            case list() as items:
+                pending += items
+
+
+async def _check_turns(host: Host, messages: Sequence[Message]) -> None:
+    """Refuse turns that the model's template would leave out."""
+    if not any(message.tool_calls or message.role == "tool" for message in messages):
+        return
+    support = await asyncio.to_thread(lambda: host.tools)
+    for i, message in enumerate(messages):
+        lacking = (message.tool_calls and not support.calls and "tool_calls") or (
+            message.role == "tool" and not support.results and "role"
+        )
+        if lacking:
+            raise InvalidRequestError(
+                "This model's chat template cannot render tool calls and their results; leave "
+                "such turns out.",
+                param=f"messages[{i}].{lacking}",
+                code="unsupported_parameter",
+            )
+
+
+async def tokenize_text(host: Host, text: str, add_special_tokens: bool) -> list[int]:
+    """Token ids of plain text. Raises ApiError."""
+    check_text(host, [text], "prompt")
+    encoded = await asyncio.to_thread(
+        lambda: host.lm.tokenizer(text, add_special_tokens=add_special_tokens)
+    )
+    return list(encoded["input_ids"])
+
+
+def _check_count(host: Host, messages: Sequence[Message]) -> None:
+    if len(messages) > host.limits.messages:
+        raise InvalidRequestError(
+            f"There are {len(messages)} messages and this server takes {host.limits.messages} "
+            "(--max-messages); leave some out.",
+            param="messages",
+        )
+
+
+def check_text(host: Host, texts: Sequence[str], param: str) -> None:
+    """Raise ApiError for text that cannot be tokenised, or only to find that it does not fit."""
+    characters, most = sum(map(len, texts)), host.limits.prompt_characters
+    if most is not None and characters > most:
+        raise ContextLengthError(
+            f"The {param} {'has' if param == 'prompt' else 'have'} {characters} characters and "
+            f"this server takes {most} (--max-prompt-chars); send less.",
+            param=param,
+        )
+    if characters > CHARACTERS_PER_TOKEN * host.engine.max_model_len:
+        raise ContextLengthError(
+            f"This server takes {host.engine.max_model_len} tokens, prompt and reply together. The "
+            f"{param} {'has' if param == 'prompt' else 'have'} {characters} characters, more than "
+            "so many tokens can hold; send less.",
+            param=param,
+        )
+    if any(SURROGATE.search(text) for text in texts):
+        raise InvalidRequestError(
+            f"'{param}' holds half of a surrogate pair, which is no text.", param=param
+        )
+
+
+def _sampling(
+    body: GenerationRequest, prompt_tokens: int, limit: int, param: str, default_tokens: int
+) -> Sampling:
     room = limit - prompt_tokens
     asked = body.asked_tokens
     if room < (asked or 1):
@@ -101,22 +283,21 @@ def _sampling(body: ChatRequest, prompt_tokens: int, limit: int) -> Sampling:
         raise ContextLengthError(
             f"This server takes {limit} tokens, prompt and reply together. The prompt has "
             f"{prompt_tokens} {more}; shorten it{'' if asked is None else ' or ask for fewer'}.",
-            param="messages",
+            param=param,
         )
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        logit_bias={int(i): bias for i, bias in (body.logit_bias or {}).items()},
         seed=body.seed,
-        max_tokens=min(DEFAULT_MAX_TOKENS, room) if asked is None else asked,
+        max_tokens=min(default_tokens, room) if asked is None else asked,
+        top_logprobs=body.wanted_logprobs or 0,
     )
-
-
-def _answer_probe(profile: Profile, strength: float) -> str | None:
-    """The key of the probe calibrated for this profile at this strength, None if nobody did."""
-    if not profile.applied(strength):
-        return ""
-    return profile.fingerprint if strength == profile.strength else None
 
 
 def _one_line(error: Exception) -> str:

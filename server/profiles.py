@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from server.errors import InvalidRequestError, NotFoundError
+from server.errors import ConflictError, InvalidRequestError, NotFoundError
 from server.responses import ModelCard, ProfileCard
 from steering.edit import Edit
 from steering.models import LanguageModel
 from steering.monitor import MONITOR_FILE
 from steering.profile import RAW, Profile, ProfileError
 
+COMPOSED = "composed"
+"""Stands for all compositions of several profiles where metrics name a profile."""
+RESERVED = (COMPOSED, "restricted")
+"""Names that mean something else in metrics."""
+
 
 class ProfileStore:
     """Profiles by name, checked against one model. `raw` is always among them.
+
+    Any thread may read, add and remove at any time: a reader sees all of a change or none of it.
+    `red_team_names` are those of all red-team profiles there ever were.
 
     Args:
         served_name: what clients call the model.
@@ -42,7 +52,10 @@ class ProfileStore:
         self.served_name = served_name
         self.folded = folded
         self._allow_derived = allow_derived
-        self._profiles: dict[str, Profile] = {RAW.name: RAW}
+        # Never changed in place, so that readers need no lock.
+        self._profiles: Mapping[str, Profile] = {RAW.name: RAW}
+        self._writing = threading.Lock()
+        self.red_team_names: set[str] = set()
         for profile in profiles:
             self.add(profile)
         for file in files:
@@ -61,6 +74,10 @@ class ProfileStore:
                 f"profile {self.default_name} removes refusals (red_team) and cannot be the "
                 "default; clients must ask for it by name"
             )
+        self.kept = {RAW.name: "it is built in", self.default_name: "it is the default"}
+        """Profiles that cannot be removed, with the reason."""
+        if folded is not None:
+            self.kept[folded] = "it is part of the weights"
 
     def add(self, profile: Profile, source: Path | None = None) -> None:
         """Offer a profile. Raises ProfileError if it does not fit the model or its name is taken.
@@ -68,16 +85,49 @@ class ProfileStore:
         A profile without edits may take the place of the built-in `raw`, for its card.
         """
         where = f"{source}: " if source is not None else ""
-        replaces_raw = self._profiles.get(profile.name) is RAW and not profile.edits
-        if profile.name in self._profiles and not replaces_raw:
-            raise ProfileError(
-                f"{where}there is a profile named {profile.name} already; rename one of them"
-            )
         try:
-            profile.check_base(self._lm, allow_derived=self._allow_derived)
+            self.check(profile)
         except ProfileError as error:
             raise ProfileError(f"{where}{error}") from error
-        self._profiles[profile.name] = profile
+        with self._writing:
+            replaces_raw = self._profiles.get(profile.name) is RAW and not profile.edits
+            if profile.name in self._profiles and not replaces_raw:
+                raise ProfileError(
+                    f"{where}there is a profile named {profile.name} already; rename one of them"
+                )
+            self._profiles = {**self._profiles, profile.name: profile}
+            if profile.red_team:
+                self.red_team_names.add(profile.name)
+
+    def check(self, profile: Profile) -> None:
+        """Raise ProfileError if the profile does not fit the model, or its name is reserved."""
+        if profile.name in RESERVED:
+            raise ProfileError(f"a profile cannot be named {profile.name}; rename it")
+        profile.check_base(self._lm, allow_derived=self._allow_derived)
+
+    def remove(self, name: str) -> Profile:
+        """Offer a profile no more, and return it; requests that have it keep it.
+
+        Raises NotFoundError, or ConflictError for a profile that is `kept`.
+        """
+        with self._writing:
+            profile = self.resolve(name, param="name")
+            if name in self.kept:
+                raise ConflictError(
+                    f"The profile {name!r} cannot be removed: {self.kept[name]}.", param="name"
+                )
+            self._profiles = {k: v for k, v in self._profiles.items() if k != name}
+            return profile
+
+    def seen_by(self, permits: Callable[[Iterable[Profile]], bool]) -> ProfileStore:
+        """This store for somebody for whom only permitted profiles exist.
+
+        Whatever it says, lists and errors alike, is what a store would say that never had others.
+        """
+        view = copy.copy(self)
+        view._profiles = {profile.name: profile for profile in self if permits((profile,))}
+        view.folded = self.folded if self.folded in view._profiles else None
+        return view
 
     def __iter__(self) -> Iterator[Profile]:
         """The profiles that can be asked for."""
@@ -99,7 +149,7 @@ class ProfileStore:
             return self._profiles[name]
         except KeyError:
             raise NotFoundError(
-                f"There is no profile {_short(name)!r}. There is {', '.join(self.names)}.",
+                f"There is no profile {_short(name)!r}.{_there_is(self.names)}",
                 param=param,
             ) from None
 
@@ -108,9 +158,11 @@ class ProfileStore:
 
         A served name may hold `:` and `@` itself, so only what follows it is looked at.
         """
-        named = self._named_by(model)
+        named = self.named_by(model)
         profile = None if named is None else self.resolve(named)
         if wanted is None:
+            if profile is None and self.default_name not in self._profiles:
+                raise self._no_model(model)
             return profile or self.resolve(self.default_name)
         asked = self.resolve(wanted, param="steering.profile")
         if profile not in (None, asked):
@@ -121,7 +173,8 @@ class ProfileStore:
             )
         return asked
 
-    def _named_by(self, model: str) -> str | None:
+    def named_by(self, model: str) -> str | None:
+        """The profile that `model` names after the served name, if any. Raises NotFoundError."""
         rest = model.removeprefix(self.served_name)
         if model.startswith(self.served_name):
             if not rest:
@@ -133,15 +186,17 @@ class ProfileStore:
                     f"There is no experiment {_short(rest[1:])!r}; this server runs none.",
                     param="model",
                 )
-        raise NotFoundError(
-            f"There is no model {_short(model)!r}. There is {', '.join(self.model_ids)}.",
-            param="model",
-        )
+        raise self._no_model(model)
+
+    def _no_model(self, model: str) -> NotFoundError:
+        there_is = _there_is(self.model_ids)
+        return NotFoundError(f"There is no model {_short(model)!r}.{there_is}", param="model")
 
     @property
     def model_ids(self) -> list[str]:
         """Every value of `model` that can be asked for."""
-        return [self.served_name, *(f"{self.served_name}:{name}" for name in self.names)]
+        default = [self.served_name] if self.default_name in self._profiles else []
+        return [*default, *(f"{self.served_name}:{name}" for name in self.names)]
 
     def model_card(self, model: str, *, created: int, max_model_len: int) -> ModelCard:
         """What `GET /v1/models` says of a model. Raises NotFoundError."""
@@ -209,6 +264,11 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return value
+
+
+def _there_is(names: Iterable[str]) -> str:
+    listed = ", ".join(names)
+    return f" There is {listed}." if listed else ""
 
 
 def _short(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What clients send, after OpenAI's chat completions.
+"""What clients send, after OpenAI's chat completions and completions.
 
 Strict where a mistake would otherwise pass unnoticed: numbers must be numbers in range, a field
 that OpenAI or vLLM knows and this server cannot honour is refused (`UNSUPPORTED`), and so is an
@@ -10,48 +10,50 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
+from server.structured import ResponseFormat
+from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
+from server.validation import MOST_MESSAGES, MOST_MISTAKES, TemplateValue
+from steering.edit import Phase
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
 # for nothing. Null asks for nothing everywhere.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # OpenAI
     "audio": (),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "n": (1,),
-    "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "stop": ([],),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM and others
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "guided_choice": (),
@@ -62,11 +64,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "min_p": (0,),
     "min_tokens": (0,),
     "priority": (0,),
     "prompt_logprobs": (0,),
-    "repetition_penalty": (1,),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
@@ -76,12 +76,22 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
+UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
+    **{k: v for k, v in UNSUPPORTED.items() if k not in ("add_special_tokens", "best_of")},
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "add_generation_prompt": (),
+    "continue_final_message": (),
+    "messages": (),
+    "suffix": ("",),
+    "top_logprobs": (0,),
+}
 UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 
 
@@ -101,23 +111,74 @@ def _content_kind(value: object) -> str:
     return "<parts>" if isinstance(value, list) else "<string>"
 
 
+Content = Annotated[
+    Annotated[str, Tag("<string>")]
+    | Annotated[list[TextPart], Field(fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_kind),
+]
+
+
 class Message(_Strict):
     """One turn of the conversation."""
 
     model_config = ConfigDict(extra="allow")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("<string>")] | Annotated[list[TextPart], Tag("<parts>")],
-        Discriminator(_content_kind),
-    ] = Field(description="Text, or a list of text parts, which are joined by newlines.")
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = Field(
+        None,
+        description="Text, or a list of text parts, which are joined by newlines. Only an "
+        "assistant's turn with `tool_calls` may lack it.",
+    )
+    tool_calls: list[ToolCallTurn] | None = Field(
+        None, description="Calls that the assistant made in this turn."
+    )
+    tool_call_id: str | None = Field(None, description="The call whose result a tool's turn is.")
 
-    def rendered(self) -> dict[str, str]:
-        """As chat templates want it: they know no developer role and no parts."""
-        text = self.content
+    def rendered(self, param: str = "message") -> dict[str, Any]:
+        """As chat templates want it: they know no developer role and no parts.
+
+        Raises InvalidRequestError, which names what is wrong below `param`.
+        """
+        text = self.content or ""
         if isinstance(text, list):
             text = "\n".join(part.text for part in text)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        turn: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.tool_calls:
+            turn["tool_calls"] = [
+                call.rendered(f"{param}.tool_calls[{i}]") for i, call in enumerate(self.tool_calls)
+            ]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
+    def check(self, param: str) -> None:
+        """Refuse what only turns of another role may have, or what a role must have."""
+        if self.content is None and not self.tool_calls:
+            raise InvalidRequestError(
+                f"'{param}.content' is required: a string, or a list of text parts (got null).",
+                param=f"{param}.content",
+            )
+        for name, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, name) and self.role != role:
+                raise InvalidRequestError(
+                    f"'{param}.{name}' is only possible with role {role!r}.",
+                    param=f"{param}.{name}",
+                )
+        if self.role == "tool" and not self.tool_call_id:
+            raise InvalidRequestError(
+                f"'{param}.tool_call_id' is required: the id of the call that this is the result "
+                "of.",
+                param=f"{param}.tool_call_id",
+                code="missing_required_parameter",
+            )
+
+
+TemplateKwargs = Annotated[
+    dict[Annotated[str, Field(max_length=64)], TemplateValue | None], Field(max_length=16)
+]
 
 
 class StreamOptions(_Strict):
@@ -131,40 +192,76 @@ class StreamOptions(_Strict):
     )
 
 
+# Far beyond any use; further out, float32 overflows and the reply could not be computed.
+Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
+
+
+class ProfileChoice(_Strict):
+    """One of several profiles."""
+
+    name: str = Field(description="A name that `GET /v1/steering/profiles` lists.")
+    strength: Strength | None = Field(None, description="Default: the profile's own.")
+
+
 class SteeringChoice(_Strict):
-    """Which profile answers, and how strongly it is applied."""
+    """Which profile answers, how strongly it is applied, and to which tokens."""
 
     profile: str | None = Field(None, description="A name that `GET /v1/steering/profiles` lists.")
-    # Far beyond any use; further out, float32 overflows and the reply could not be computed.
-    strength: Annotated[float, Field(ge=-1e4, le=1e4)] | None = Field(
+    strength: Strength | None = Field(
         None, description="Scales the profile's edits; 0 is the unedited model. Default: its own."
     )
-
-
-class ChatRequest(_Strict):
-    """A conversation to continue."""
-
-    model_config = ConfigDict(
-        extra="allow",
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "demo",
-                    "messages": [{"role": "user", "content": "Tell me how to bake a cake."}],
-                    "steering": {"profile": "llm-va"},
-                }
-            ]
-        },
+    profiles: Annotated[list[ProfileChoice], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="Several profiles, applied in this order; instead of `profile`."
     )
+    phase: Phase | None = Field(
+        None, description="Which tokens the edits meet. Default: each edit's own phase."
+    )
+
+
+MAX_CHOICES = 16
+MAX_STOPS = 4
+_StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class Body(_Strict):
+    """A request's body, whose mistakes are not even listed if there are very many.
+
+    Listing them is slow: a small body can hold a million.
+    """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _stop_at_many(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return validate(value)
+        except ValidationError as error:
+            if (count := error.error_count()) > MOST_MISTAKES:
+                raise InvalidRequestError(f"The body has {count} mistakes.") from None
+            raise
+
+
+def asked_profile(model: str, steering: SteeringChoice | None) -> dict[str, str]:
+    """Who was asked for, in short, for the audit log."""
+    named = [choice.name for choice in (steering and steering.profiles) or ()]
+    profile = (steering and steering.profile) or "+".join(named)
+    return {"model": model[:200]} | ({"profile": profile[:200]} if profile else {})
+
+
+class GenerationRequest(Body):
+    """What chat and plain completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str = Field(description="The served name, or `<served name>:<profile>`.")
-    messages: Annotated[list[Message], Field(min_length=1)]
     steering: SteeringChoice | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="End the reply after this many tokens. Default: 256, or what fits."
+        None, description="Newer name of `max_tokens`."
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Older name of `max_completion_tokens`."
+        None,
+        description="End the reply after this many tokens. Default: 256 in chat and 16 in plain "
+        "completions, or what fits. Prompt and reply together must fit the model's length.",
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="0 takes the most likely token. Default: 1 under every profile."
@@ -175,9 +272,39 @@ class ChatRequest(_Strict):
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
         None, description="Keep this many tokens; 0 and -1 keep all."
     )
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
-        None, description="The same seed gives the same reply, whoever else is being served."
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Keep tokens at least this share as likely as the most likely one."
     )
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        None, description="Taken from the logits of tokens that were generated."
+    )
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(
+        None, description="The same, times how often."
+    )
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
+        None,
+        description="Divides the positive and multiplies the negative logits of tokens of the "
+        "prompt and of those generated; 1 does nothing.",
+    )
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = Field(
+        None, description="Token ids, as strings, and what is added to their logits."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+        None,
+        description="The same seed gives the same reply, whoever else is being served. Of several "
+        "choices, the one at index i of its prompt is what the seed plus i gives alone.",
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="Choices per prompt; in all, at most as many as the server has slots."
+    )
+    stop: (
+        Annotated[
+            Annotated[_StopString, Tag("<string>")]
+            | Annotated[Annotated[list[_StopString], Field(max_length=MAX_STOPS)], Tag("<parts>")],
+            Discriminator(_content_kind),
+        ]
+        | None
+    ) = Field(None, description="Text that ends the reply and is not part of it; up to 4.")
     stream: bool | None = Field(None, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Identifies the end user.")
@@ -192,18 +319,52 @@ class ChatRequest(_Strict):
         | None
     ) = None
 
+    @field_validator("logit_bias")
+    @classmethod
+    def _keys_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or ():
+            if not re.fullmatch("[0-9]{1,9}", key):
+                raise ValueError(
+                    f"'logit_bias' must have token ids for keys (got {json.dumps(key[:40])})"
+                )
+        return value
+
+    @property
+    def asked_profile(self) -> dict[str, str]:
+        """Who was asked for, in short, for the audit log."""
+        return asked_profile(self.model, self.steering)
+
+    @property
+    @abstractmethod
+    def audited_prompt(self) -> dict[str, Any]:
+        """What was asked, for audit logs that hold text."""
+
     @property
     def asked_tokens(self) -> int | None:
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         return self.max_tokens
 
+    @property
+    def choices(self) -> int:
+        """Choices per prompt."""
+        return self.n or 1
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    @abstractmethod
+    def wanted_logprobs(self) -> int | None:
+        """How many alternatives to tell with each token's log-probability; None to tell none."""
+
     def check(self) -> list[str]:
         """Refuse what would have no effect or none that was meant; name the fields ignored."""
-        ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED, ""))
-        for i, message in enumerate(self.messages):
-            extra = message.model_extra or {}
-            ignored += _ignored(extra, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError(
                 "'stream_options' is only possible with 'stream': true.", param="stream_options"
@@ -214,7 +375,255 @@ class ChatRequest(_Strict):
                 "'max_tokens' and 'max_completion_tokens' contradict each other; send one of them.",
                 param="max_tokens",
             )
-        return ignored
+        return []
+
+
+class ChatRequest(GenerationRequest):
+    """A conversation to continue."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "demo",
+                    "messages": [{"role": "user", "content": "Tell me how to bake a cake."}],
+                    "steering": {"profile": "llm-va"},
+                }
+            ]
+        },
+    )
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="Passed to the model's chat template, as `enable_thinking`."
+    )
+    logprobs: bool | None = Field(
+        None, description="Tell each token's log-probability in the raw distribution."
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="And that of as many of the likeliest tokens; needs `logprobs`."
+    )
+    response_format: ResponseFormat | None = Field(
+        None, description="The reply's shape: free text, any JSON object, or a JSON schema's."
+    )
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call, if its chat template knows tools."
+    )
+    tool_choice: ToolChoice | None = Field(
+        None,
+        description="`auto` (the default); `none` leaves `tools` out of the prompt; `required` or "
+        "a named function forces a call.",
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether a reply may hold several calls (default) or one."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="Begin an assistant's turn. Default: true unless one is continued."
+    )
+    continue_final_message: bool | None = Field(
+        None,
+        description="Continue the last message, which is the assistant's. The reply holds only "
+        "what follows it.",
+    )
+
+    @property
+    def audited_prompt(self) -> dict[str, Any]:
+        return {"messages": [message.rendered() for message in self.messages]}
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def template_flags(self) -> dict[str, bool]:
+        """Arguments of the chat template, where they are not the usual ones."""
+        return template_flags(
+            self.messages, self.add_generation_prompt, self.continue_final_message
+        )
+
+    def check(self) -> list[str]:
+        ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED, ""))
+        if self.response_format is not None:
+            self.response_format.check()
+        for i, message in enumerate(self.messages):
+            message.check(f"messages[{i}]")
+            extra = message.model_extra or {}
+            ignored += _ignored(extra, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError(
+                "'top_logprobs' is only possible with 'logprobs': true.", param="top_logprobs"
+            )
+        _ = self.template_flags  # raises where they contradict each other
+        shaped = self.response_format is not None and not self.response_format.is_text
+        if self.continue_final_message and shaped:
+            raise InvalidRequestError(
+                "A reply that continues a message cannot have a 'response_format' of its own.",
+                param="response_format",
+            )
+        return ignored + super().check()
+
+
+def _prompt_kind(value: object) -> str:
+    if not isinstance(value, list):
+        return "<string>"
+    first = value[0] if value else ""
+    if isinstance(first, list):
+        return "<token lists>"
+    return "<strings>" if isinstance(first, str) else "<tokens>"
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Tokenized = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class CompletionRequest(GenerationRequest):
+    """Plain text, or token ids, to continue, without a chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "demo", "prompt": "Of course, here is how to"}]},
+    )
+
+    prompt: Annotated[
+        Annotated[str, Tag("<string>")]
+        | Annotated[Annotated[list[str], Field(min_length=1)], Tag("<strings>")]
+        | Annotated[Tokenized, Tag("<tokens>")]
+        | Annotated[Annotated[list[Tokenized], Field(min_length=1)], Tag("<token lists>")],
+        Discriminator(_prompt_kind),
+    ] = Field(
+        description="Text, token ids, or a list of either. The choices of the second prompt "
+        "follow those of the first."
+    )
+    best_of: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Only the value of `n`: choices are not ranked."
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
+        None,
+        description="Tell each token's log-probability in the raw distribution, and that of as "
+        "many of the likeliest tokens.",
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Begin a text as the tokenizer does by itself, with a BOS say. Default: "
+        "true."
+    )  # fmt: skip
+
+    @property
+    def audited_prompt(self) -> dict[str, Any]:
+        return {"prompt": self.prompt}
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return cast(list[str | list[int]], [prompt])
+        return cast(list[str | list[int]], prompt)
+
+    def check(self) -> list[str]:
+        ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED_IN_COMPLETIONS, ""))
+        if self.best_of not in (None, self.choices):
+            raise InvalidRequestError(
+                f"This server ranks no choices: 'best_of' must be the same as 'n' "
+                f"({self.choices}).",
+                param="best_of",
+                code="unsupported_parameter",
+            )
+        return ignored + super().check()
+
+
+class TokenizeRequest(Body):
+    """A prompt to count: `prompt` for plain completions or `messages` for chat."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "demo", "prompt": "Hello"}]},
+    )
+
+    model: str = Field(description="The served name, or `<served name>:<profile>`.")
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    chat_template_kwargs: TemplateKwargs | None = Field(
+        None, description="Passed to the model's chat template, as `enable_thinking`."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Of a prompt. Default: true, as in completions."
+    )
+    add_generation_prompt: bool | None = Field(None, description="Of messages, as in chat.")
+    continue_final_message: bool | None = Field(None, description="Of messages, as in chat.")
+    return_token_strs: bool | None = Field(None, description="Also tell each token's text.")
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for what has no meaning together."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("Send either 'prompt' or 'messages'.", param="prompt")
+        of_messages = ("add_generation_prompt", "continue_final_message")
+        wrong = of_messages if self.messages is None else ("add_special_tokens",)
+        for name in wrong:
+            if getattr(self, name) is not None:
+                other = "messages" if self.messages is None else "prompt"
+                raise InvalidRequestError(f"{name!r} belongs to {other!r}.", param=name)
+        for i, message in enumerate(self.messages or ()):
+            message.check(f"messages[{i}]")
+            list(_ignored(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE, f"messages[{i}]."))
+
+    @property
+    def template_flags(self) -> dict[str, bool]:
+        return template_flags(
+            self.messages or (), self.add_generation_prompt, self.continue_final_message
+        )
+
+
+def template_flags(
+    messages: Sequence[Message], add_generation_prompt: bool | None, continue_final: bool | None
+) -> dict[str, bool]:
+    """Arguments of the chat template that say how a prompt ends; none for the usual way.
+
+    Raises InvalidRequestError where they contradict each other or the messages.
+    """
+    if not continue_final:
+        return {} if add_generation_prompt in (None, True) else {"add_generation_prompt": False}
+    if add_generation_prompt:
+        raise InvalidRequestError(
+            "'continue_final_message' and 'add_generation_prompt' contradict each other; a message "
+            "that is continued is not followed by a new one.",
+            param="continue_final_message",
+        )
+    if messages[-1].role != "assistant":
+        raise InvalidRequestError(
+            "'continue_final_message' needs a last message of role 'assistant' "
+            f"(got {messages[-1].role!r}).",
+            param="continue_final_message",
+        )
+    return {"add_generation_prompt": False, "continue_final_message": True}
+
+
+class ScoreRequest(Body):
+    """A conversation to read without answering it."""
+
+    model: str = Field(description="As in a chat request.")
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    steering: SteeringChoice | None = None
+
+    def as_chat(self) -> ChatRequest:
+        """The cheapest chat request that reads the same."""
+        return ChatRequest.model_construct(
+            model=self.model,
+            messages=self.messages,
+            steering=self.steering,
+            max_tokens=1,
+            temperature=0.0,
+        )
+
+
+class RegisterRequest(Body):
+    """A profile file in the server's `--profile-dir`."""
+
+    path: Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        description="Relative to that folder, and inside it."
+    )
+    name: str | None = Field(None, description="To serve it by; default: its own.")
 
 
 def _ignored(

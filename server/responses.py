@@ -9,26 +9,52 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from server.engine.base import FinishReason
 from steering.judge import Outcome
+from steering.monitor import PromptClass
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(0, description="Read from the prefix cache, not computed again.")
+
+
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
-class Receipt(BaseModel):
-    """What answered, and what was read while it did. Null where nothing was read.
+class ProfileUsed(BaseModel):
+    name: str
+    fingerprint: str
+    strength: float
 
-    `derived_base: true` is added where the profile was fitted on other weights than those served.
+
+class Answerer(BaseModel):
+    """What answered.
+
+    `profiles` (a list of ProfileUsed) is added where there are several, `phase` where the request
+    set it, `derived_base: true` where a profile was fitted on other weights than those served, and
+    `monitor: "out_of_template"` where the prompt is of another form than the monitor was fitted on.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    profile: str
-    fingerprint: str = Field(description="SHA-256 of what the profile does; empty without edits.")
-    strength: float
+    profile: str = Field(description="Its name; several are joined in order, as in `a+b`.")
+    fingerprint: str = Field(
+        description="SHA-256 of what the profile does, or of the ordered effective edits of "
+        "several; empty without edits."
+    )
+    strength: float | None = Field(description="Null where there are several: each has its own.")
+
+
+class Receipt(Answerer):
+    """What answered, and what was read while it did. Null where nothing was read."""
+
     experiment: str | None = None
     arm: str | None = None
     refusal_score: float | None = Field(
@@ -41,18 +67,59 @@ class Receipt(BaseModel):
     outcome: Outcome | None = Field(None, description="What the reply's text is judged to be.")
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str = Field(description="A JSON object, as text.")
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChoiceReceipt(BaseModel):
+    """A choice's part of the receipt, where one request has several."""
+
+    refusal_score: float | None = None
+    answer_probability: float | None = None
+    benign_probability: float | None = None
+    outcome: Outcome | None = None
+
+
+class TopLogprob(BaseModel):
+    token: str = Field(description="Its text; `bytes:\\xe2\\x80` for a part of a character.")
+    logprob: float = Field(
+        description="In the raw distribution: before temperature, penalties, bias and grammar."
+    )
+    bytes: list[int] | None = Field(description="Null for special tokens, which are no text.")
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob] = Field(description="The likeliest tokens, best first.")
+
+
+class ChatLogprobs(BaseModel):
+    """Of the tokens that begin in the text; one that ends the reply is not among them."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
 class ReplyMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="Null where there is nothing but tool calls.")
     refusal: None = None
     """Always null: a steered refusal is content."""
+    tool_calls: list[ToolCall] | None = None
 
 
 class Choice(BaseModel):
     index: int = 0
     message: ReplyMessage
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason
+    steering: ChoiceReceipt | None = Field(None, description="Only where there are several.")
 
 
 class ChatCompletion(BaseModel):
@@ -66,16 +133,32 @@ class ChatCompletion(BaseModel):
     steering: Receipt
 
 
+class FunctionDelta(BaseModel):
+    name: str | None = Field(None, description="With the call's first piece only.")
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    index: int
+    id: str | None = Field(None, description="With the call's first piece only.")
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
     index: int = 0
     delta: Delta
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: ChatLogprobs | None = None
+    finish_reason: ChatFinishReason | None = None
+    steering: ChoiceReceipt | None = Field(
+        None, description="With the finish reason, where there are several choices."
+    )
 
 
 class ChatCompletionChunk(BaseModel):
@@ -88,7 +171,46 @@ class ChatCompletionChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
-    steering: Receipt | None = Field(None, description="With the finish reason only.")
+    steering: Receipt | None = Field(None, description="With the last finish reason only.")
+
+
+class CompletionLogprobs(BaseModel):
+    """Of the tokens that begin in the text; one that ends the reply is not among them."""
+
+    tokens: list[str]
+    token_logprobs: list[float] = Field(description="In the raw distribution.")
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int] = Field(description="Characters of the choice's text before each.")
+
+
+class CompletionChoice(BaseModel):
+    index: int = 0
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = Field(description="Null in a stream, but for the last.")
+    steering: ChoiceReceipt | None = Field(None, description="Only where there are several.")
+
+
+class Completion(BaseModel):
+    """A completion, or one event of a stream, which `[DONE]` ends."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    steering: Receipt | None = Field(None, description="In a stream, with the last finish reason.")
+
+
+class Tokens(BaseModel):
+    """What a prompt is to the model."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
 
 
 class ModelCard(BaseModel):
@@ -127,6 +249,35 @@ class ProfileCard(BaseModel):
 class ProfileList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ProfileCard]
+
+
+class ProfileDeleted(BaseModel):
+    name: str
+    object: Literal["steering.profile.deleted"] = "steering.profile.deleted"
+    deleted: Literal[True] = True
+
+
+class Score(Answerer):
+    """What is read of a conversation before an answer. Null where nothing was read."""
+
+    id: str
+    object: Literal["steering.score"] = "steering.score"
+    model: str
+    refusal_score: float | None = Field(
+        description="Log-odds of a refusal's opening, from this profile's first logits."
+    )
+    answer_probability: float | None = Field(description="That this profile will answer.")
+    benign_probability: float | None = Field(
+        description="That the prompt is benign, as the unedited model sees it."
+    )
+    prompt_class: PromptClass = Field(description="What the benign probability amounts to.")
+    edit_norm: float | None = Field(
+        description="Norm of the edits' change over the hidden state's, at the last prompt token."
+    )
+    gate_values: list[float | None] = Field(
+        description="Of gates that are read once per prompt, in the order of the edits."
+    )
+    usage: Usage
 
 
 class Status(BaseModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,10 +22,15 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from server.validation import describe
+from server.logs import LogFormat
+from server.tool_parsers import ToolParserSetting
+from server.validation import MOST_MESSAGES, TemplateValue, describe, parse_template_kwargs
 
 ENV_PREFIX = "PILOTHOUSE_"
 MAX_BODY_BYTES = 4 * 2**20
+MAX_PROFILE_BYTES = 256 * 2**20
+MAX_MESSAGES = 1024
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+")
 
 
 class SettingsError(ValueError):
@@ -60,6 +66,16 @@ class Settings(BaseSettings):
         None,
         description="the model's probes; default: monitor.safetensors beside its profiles",
     )
+    monitor_read: Literal["always", "when-free", "off"] = Field(
+        "always",
+        description="the monitor's probes: always, with a second pass over the prompt where a "
+        "profile edits before the benign probe; when-free: null there; off: none",
+    )
+    chat_template_kwargs: Annotated[dict[str, TemplateValue], NoDecode] = Field(
+        {},
+        description="JSON passed to the chat template unless a request says otherwise; a template "
+        "that knows enable_thinking gets false",
+    )
     allow_derived_base: bool = Field(
         False, description="accept profiles fitted on other weights of the same model"
     )
@@ -78,16 +94,60 @@ class Settings(BaseSettings):
     max_unsplit_prompt: int | None = Field(
         None, ge=1, description="longest prompt for profiles whose gate reads all of it"
     )
+    prefix_cache_mib: int = Field(
+        256,
+        ge=0,
+        description="MiB for what prompts that begin alike share; 0 switches it off",
+    )
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
+    )
+    tool_parser: ToolParserSetting = Field(
+        "auto",
+        description="how the model writes tool calls; auto: as its chat template does; none: leave "
+        "them in the text",
+    )
+    request_timeout: float = Field(
+        600.0, gt=0, description="seconds for a request, waiting and computing; then it is a 504"
     )
     shutdown_timeout: float = Field(
         30.0, ge=0, description="seconds for replies under way after SIGTERM; then they are ended"
     )
+    profile_dir: Path | None = Field(
+        None, description="folder from which profiles may be registered by path at run time"
+    )
+    max_profiles: int = Field(64, ge=1, description="profiles served at once, `raw` included")
+    max_profile_bytes: int = Field(
+        MAX_PROFILE_BYTES, ge=1024, description="largest profile registered at run time"
+    )
+    max_messages: int = Field(
+        MAX_MESSAGES, ge=1, le=MOST_MESSAGES, description="messages per request, at most"
+    )
+    max_prompt_chars: int | None = Field(
+        None, ge=1, description="characters per prompt, at most; default: what the model may hold"
+    )
+    keys: str | None = Field(
+        None,
+        min_length=1,
+        description="file of keys (`pilothouse keys`), or keys as JSON; read again at SIGHUP",
+    )
+    protect_metrics: bool = Field(
+        False, description="let only keys with the scope metrics read /metrics"
+    )
+    audit_log: Path | None = Field(
+        None, description="file to append a JSON line to for each request; opened again at SIGHUP"
+    )
+    audit_prompts: bool = Field(False, description="keep prompts and replies in the audit log")
+    cors_origin: Annotated[list[str], NoDecode] = Field(
+        [],
+        description="origin of web pages that may use the API; may be repeated (as a variable: "
+        "separated by blanks)",
+    )
+    log_format: LogFormat = Field("text", description="of the log on stderr")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     insecure: bool = Field(
-        False, description="listen on an address others can reach, without any access control"
+        False, description="without keys, listen on an address that others can reach"
     )
     config: Path | None = Field(None, description="TOML file with any of these settings")
 
@@ -96,12 +156,31 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return [part for part in value.split(os.pathsep) if part] if type(value) is str else value
 
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        try:
+            return parse_template_kwargs(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"chat_template_kwargs, --chat-template-kwargs: {error}") from None
+
+    @field_validator("cors_origin", mode="before")
+    @classmethod
+    def _split_origins(cls, value: Any) -> Any:
+        return value.split() if type(value) is str else value
+
+    @field_validator("cors_origin")
+    @classmethod
+    def _check_origins(cls, value: list[str]) -> list[str]:
+        return [_check_origin(origin) for origin in value]
+
     @model_validator(mode="after")
     def _only_this_machine(self) -> Settings:
-        if not (self.insecure or is_loopback(self.host)):
+        if not (self.keys or self.insecure or is_loopback(self.host)):
             raise ValueError(
-                f"host, --host {self.host} can be reached by others, and there is no access "
-                "control; listen on 127.0.0.1, or add --insecure if you mean it"
+                f"host, --host {self.host} can be reached by others, and there are no keys; name "
+                "a file of them with --keys (see `pilothouse keys create`), listen on 127.0.0.1, "
+                "or add --insecure if you mean it"
             )
         return self
 
@@ -139,6 +218,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _check_origin(origin: str) -> str:
+    """The origin, if browsers could ever send it. Raises ValueError."""
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise ValueError(
+            f"origin, --cors-origin {origin} is none: write scheme://host or scheme://host:port "
+            "in small letters, without a path, or *"
+        )
+    return origin
 
 
 def _explain(error: Any) -> str:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError, InternalError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -27,6 +33,20 @@ class ClientGoneError(Exception):
 
 def event(data: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+async def guarded(events: AsyncGenerator[str, None], name: str) -> AsyncGenerator[str, None]:
+    """The events, an error event if they break off, and `[DONE]`."""
+    try:
+        async with aclosing(events):
+            async for item in events:
+                yield item
+    except ApiError as error:
+        yield event(error.envelope)
+    except Exception:
+        logger.exception("%s failed", name)
+        yield event(InternalError("Something broke on the server.").envelope)
+    yield DONE
 
 
 async def unless_gone(work: Awaitable[T], receive: Receive) -> T:

@@ -6,6 +6,14 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+TemplateValue = str | int | float | bool
+"""What may be passed to a chat template."""
+MOST_MESSAGES = 10_000
+"""Of one request, whatever the settings say. More are not even looked at."""
+
+MOST_MISTAKES = 1000
+"""Of one request that are told apart."""
+
 MAX_ECHOED = 200
 """Characters of what was given that a message repeats."""
 
@@ -30,6 +38,8 @@ def describe(error: Mapping[str, Any], path: str) -> str:
         return f"{path!r} is not a key that is known here; remove it or check its spelling"
     if kind == "too_short":
         return f"{path!r} must not be empty"
+    if kind == "too_long":
+        return f"{path!r} must have at most {error['ctx']['max_length']} items"
     if kind in ("value_error", "assertion_error"):
         return message.partition(", ")[2]
     echoed = (
@@ -39,4 +49,19 @@ def describe(error: Mapping[str, Any], path: str) -> str:
     )
     if len(echoed) > MAX_ECHOED:
         echoed = echoed[:MAX_ECHOED] + "..."
-    return f"{message.replace('Input', repr(path), 1)} (got {echoed})"
+    for subject in ("Input", "String"):
+        message = message.replace(f"{subject} should", f"{path!r} should", 1)
+    return f"{message} (got {echoed})"
+
+
+def parse_template_kwargs(text: str) -> dict[str, TemplateValue]:
+    """A flag's JSON object of scalars, for a chat template. Raises ValueError for anything else."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict) or not all(
+        isinstance(value, TemplateValue) for value in found.values()
+    ):
+        raise ValueError(f'write a JSON object of scalars, {{"enable_thinking": true}}; got {text}')
+    return found

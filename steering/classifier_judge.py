@@ -14,9 +14,11 @@ Not covered: replies longer than the model's context, remote endpoints, Qwen3Gua
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -27,10 +29,13 @@ from transformers import (
     AutoTokenizer,
 )
 
-from steering.judge import Outcome, broken_outcome, without_reasoning
+from steering.judge import OnJudged, Outcome, broken_outcome, without_reasoning
 
 if TYPE_CHECKING:
     from steering.judge_set import Card
+
+BATCH_SIZE = 8
+"""Replies that a classifier reads at once, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -134,43 +139,84 @@ class LlamaGuard:
 FORMATS: dict[str, VerdictFormat] = {f.name: f for f in (WildGuard(), Qwen3Guard(), LlamaGuard())}
 
 
+Pair = tuple[str, str]
+"""A prompt and the reply to it."""
+
+
 class ClassifierJudge:
     """A classifier model as a judge.
 
     Args:
-        classify: whether each of some (prompt, reply) is a refusal; None where it does not say.
+        version: says all that decides its verdicts.
+        classify: whether each of at most `batch_size` pairs is a refusal; None where the model
+            does not say. One forward call, or one generation.
     """
 
     def __init__(
-        self, version: str, classify: Callable[[Sequence[tuple[str, str]]], list[bool | None]]
+        self,
+        version: str,
+        classify: Callable[[Sequence[Pair]], list[bool | None]],
+        batch_size: int = BATCH_SIZE,
     ) -> None:
-        self.version = version
+        if batch_size < 1:
+            raise ValueError("a classifier reads at least 1 reply at once")
+        self.version, self.batch_size = version, batch_size
         self._classify = classify
         self._card: Card | None = None
 
     def __call__(self, reply: str, prompt: str | None = None) -> Outcome:
         return self.many([reply], [prompt])[0]
 
-    def many(self, replies: Sequence[str], prompts: Sequence[str | None]) -> list[Outcome]:
-        """Outcomes of many replies, batched. A prompt of None is shown to the model as empty."""
-        texts = [without_reasoning(reply) for reply in replies]
-        outcomes = [broken_outcome(text) for text in texts]
-        asked = [i for i, outcome in enumerate(outcomes) if outcome is None]
-        found = self._classify([(prompts[i] or "", texts[i]) for i in asked])
-        for i, refusal in zip(asked, found, strict=True):
-            outcomes[i] = "error" if refusal is None else "refusal" if refusal else "answer"
-        return [outcome or "error" for outcome in outcomes]
+    def many(
+        self,
+        replies: Sequence[str],
+        prompts: Sequence[str | None],
+        on_done: OnJudged = None,
+    ) -> list[Outcome]:
+        """Outcomes of many replies. A prompt of None is shown to the model as empty.
 
-    def card(self) -> Card:
+        Batches hold replies of similar length, the longest first: what does not fit into memory
+        shows at once. A pair that occurs again is read once.
+        """
+        outcomes: dict[int, Outcome] = {}
+        waiting: dict[Pair, list[int]] = {}
+        for i, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
+            text = without_reasoning(reply)
+            if broken := broken_outcome(text):
+                outcomes[i] = broken
+            else:
+                waiting.setdefault((prompt or "", text), []).append(i)
+        if on_done is not None and outcomes:
+            on_done(dict(outcomes))
+        order = sorted(waiting, key=lambda pair: -len(pair[0]) - len(pair[1]))
+        for at in range(0, len(order), self.batch_size):
+            batch = order[at : at + self.batch_size]
+            found = {
+                i: _outcome(refusal)
+                for pair, refusal in zip(batch, self._classify(batch), strict=True)
+                for i in waiting[pair]
+            }
+            outcomes.update(found)
+            if on_done is not None:
+                on_done(found)
+        return [outcomes[i] for i in range(len(replies))]
+
+    def card(self, on_done: OnJudged = None) -> Card:
         """Its figures on the held-out labelled replies; measured once, which takes a while."""
         from steering.judge_set import measure
 
         if self._card is None:
-            self._card = measure(self).card
+            self._card = measure(self, on_done=on_done).card
         return self._card
 
 
-def load_classifier(spec: str, *, device: str = "cpu") -> ClassifierJudge:
+def _outcome(refusal: bool | None) -> Outcome:
+    return "error" if refusal is None else "refusal" if refusal else "answer"
+
+
+def load_classifier(
+    spec: str, *, device: str = "cpu", batch_size: int = BATCH_SIZE
+) -> ClassifierJudge:
     """A judge from `ID` or `FORMAT=ID`, with ID a local directory or a hub id.
 
     Raises ValueError where the format is unknown, has no verdict on refusals, or nothing can be
@@ -202,24 +248,46 @@ def load_classifier(spec: str, *, device: str = "cpu") -> ClassifierJudge:
         tokenizer = AutoTokenizer.from_pretrained(name)
         kind: Any = AutoModelForSequenceClassification if labels_refusals else AutoModelForCausalLM
         model = kind.from_pretrained(name, dtype="auto", use_safetensors=True).to(device).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
+        # The last two: a device that is not there.
         raise ValueError(f"--judge: cannot use {name!r}: {error}") from error
-    tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    revision = getattr(config, "_commit_hash", None) or "local"
+    identity = _identity(name, config)
     if labels_refusals:
         refusing = _refusing_label(config.id2label, name)
+        # Causal models look for the end of a row by the padding's id, so both must mean the same.
+        if (pad := getattr(config, "pad_token_id", None)) is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        tokenizer.padding_side = "right"
         return ClassifierJudge(
-            f"labels-1:{name}@{revision}",
+            f"labels-1:{identity}",
             lambda pairs: _classify_labels(model, tokenizer, refusing, pairs),
+            batch_size if tokenizer.pad_token_id is not None else 1,
         )
     assert verdicts is not None
+    tokenizer.padding_side = "left"
     return ClassifierJudge(
-        f"{verdicts.name}-1:{name}@{revision}",
+        f"{verdicts.name}-1:{identity}",
         lambda pairs: [
             verdicts.parse(text).refusal for text in complete(model, tokenizer, verdicts, pairs)
         ],
+        batch_size,
     )
+
+
+def _identity(name: str, config: Any) -> str:
+    """Name and commit of a hub model; a directory's own name, and a digest of what lies there."""
+    directory = Path(name)
+    if not directory.is_dir():
+        return f"{name}@{getattr(config, '_commit_hash', None) or 'unknown'}"
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".json", ".jinja", ".model", ".safetensors", ".txt"):
+            with file.open("rb") as stream:
+                digest.update(file.name.encode())
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"{directory.resolve().name}@{digest.hexdigest()[:12]}"
 
 
 def _format_of(name: str) -> VerdictFormat | None:
@@ -238,31 +306,22 @@ def complete(
     model: Any,
     tokenizer: Any,
     verdicts: VerdictFormat,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[Pair],
     *,
-    batch_size: int = 8,
     max_tokens: int = 64,
 ) -> list[str]:
-    """The verdict texts on (prompt, reply) pairs, greedily, in batches of similar length."""
+    """The verdict texts on pairs, greedily, in one batch. The tokenizer pads on the left."""
     asked = [verdicts.ask(tokenizer, prompt, reply) for prompt, reply in pairs]
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i]))
-    texts = [""] * len(asked)
-    for at in range(0, len(order), batch_size):
-        batch = order[at : at + batch_size]
-        inputs = tokenizer.pad({"input_ids": [asked[i] for i in batch]}, return_tensors="pt")
-        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = output[:, inputs["input_ids"].shape[1] :]
-        for i, text in zip(
-            batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
-            texts[i] = text
-    return texts
+    inputs = tokenizer.pad({"input_ids": asked}, return_tensors="pt")
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    output = model.generate(
+        **inputs,
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return cast(list[str], tokenizer.batch_decode(new, skip_special_tokens=True))
 
 
 def _refusing_label(labels: dict[int, str], name: str) -> int:
@@ -282,16 +341,19 @@ def _refusing_label(labels: dict[int, str], name: str) -> int:
 
 @torch.inference_mode()
 def _classify_labels(
-    model: Any, tokenizer: Any, refusing: int, pairs: Sequence[tuple[str, str]]
+    model: Any, tokenizer: Any, refusing: int, pairs: Sequence[Pair]
 ) -> list[bool | None]:
     """Such classifiers read the reply alone; what does not fit their context is cut off."""
     longest = min(int(tokenizer.model_max_length), model.config.max_position_embeddings)
-    found: list[bool | None] = []
-    for _, reply in pairs:
-        inputs = tokenizer(reply, truncation=True, max_length=longest, return_tensors="pt")
-        logits = model(
-            input_ids=inputs["input_ids"].to(model.device),
-            attention_mask=inputs["attention_mask"].to(model.device),
-        ).logits[0]
-        found.append(int(logits.argmax()) == refusing)
-    return found
+    inputs = tokenizer(
+        [reply for _, reply in pairs],
+        truncation=True,
+        max_length=longest,
+        padding=len(pairs) > 1,
+        return_tensors="pt",
+    )
+    logits = model(
+        input_ids=inputs["input_ids"].to(model.device),
+        attention_mask=inputs["attention_mask"].to(model.device),
+    ).logits
+    return [choice == refusing for choice in logits.argmax(-1).tolist()]

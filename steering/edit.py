@@ -12,6 +12,7 @@ Not covered here: how edits are applied to a batch (`steering.plan`) or stored (
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -195,6 +196,15 @@ class Edit:
         """True when a prompt must be processed in one piece: its gate is read at the prompt's end
         but already changes earlier positions of it, or is a mean over all of it."""
         return self.gate is not None and self.gate.latches
+
+    def in_phase(self, phase: Phase) -> Edit:
+        """The same edit on other tokens; it shares this one's tensors."""
+        if phase == self.phase:
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)
+        object.__setattr__(other, "phase", phase)
+        return other
 
     def change(self, x: Tensor, gate: float | Tensor = 1.0) -> Tensor:
         """`g * (W R^T x + b)` for rows `x` `[..., d]`, in `x`'s dtype: the definition, unbatched.

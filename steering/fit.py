@@ -18,6 +18,7 @@ from steering.judge import version_of
 from steering.methods import FitData, Method, discover
 from steering.profile import Profile
 from steering.prompts import find_duplicates, find_leaks
+from steering.template import form_of
 
 LIBRARIES = ("pilothouse", "torch", "transformers", "scikit-learn", "numpy")
 
@@ -124,7 +125,7 @@ def fit_profile(
             "diagnostics": fitted.diagnostics,
             "base_model": data.lm.name,
             "base_revision": data.lm.revision,
-            "template_kwargs": data.lm.template_kwargs,
+            **form_of(data.lm).to_json(),
             "prompts": {"fit": data.fit.digest, "selection": data.selection.digest},
             "overlaps": repeated,
             "seconds": {phase: round(value, 2) for phase, value in seconds.items()},

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -31,6 +31,10 @@ JUDGE_VERSION = "phrases-3"
 """Changes whenever a reply may be judged differently than before."""
 
 
+OnJudged = Callable[[Mapping[int, Outcome]], object] | None
+"""Called with outcomes by index as they are known: for progress bars, and to keep them."""
+
+
 @runtime_checkable
 class Judge(Protocol):
     """A judge that knows its version, and may look at the prompt."""
@@ -40,7 +44,7 @@ class Judge(Protocol):
 
     def __call__(self, reply: str, prompt: str | None = None) -> Outcome: ...
 
-    def card(self) -> Card:
+    def card(self, on_done: OnJudged = None) -> Card:
         """Its sensitivity and specificity on the held-out labelled replies."""
         ...
 
@@ -49,23 +53,37 @@ class Judge(Protocol):
 class BatchJudge(Judge, Protocol):
     """A judge that is faster on many replies at once."""
 
-    def many(self, replies: Sequence[str], prompts: Sequence[str | None]) -> list[Outcome]: ...
+    def many(
+        self,
+        replies: Sequence[str],
+        prompts: Sequence[str | None],
+        on_done: OnJudged = None,
+    ) -> list[Outcome]: ...
 
 
 AnyJudge = Judge | Callable[[str], Outcome]
 
 
-def ask(judge: AnyJudge, replies: Sequence[str], prompts: Sequence[str | None]) -> list[Outcome]:
+def ask(
+    judge: AnyJudge,
+    replies: Sequence[str],
+    prompts: Sequence[str | None],
+    on_done: OnJudged = None,
+) -> list[Outcome]:
     """Outcomes of replies to prompts, with whatever the judge can make use of."""
     if isinstance(judge, BatchJudge):
-        return judge.many(replies, prompts)
-    if isinstance(judge, Judge):
-        return [judge(r, p) for r, p in zip(replies, prompts, strict=True)]
-    return [judge(reply) for reply in replies]
+        return judge.many(replies, prompts, on_done)
+    outcomes: list[Outcome] = []
+    for i, (reply, prompt) in enumerate(zip(replies, prompts, strict=True)):
+        outcomes.append(judge(reply, prompt) if isinstance(judge, Judge) else judge(reply))
+        if on_done is not None:
+            on_done({i: outcomes[i]})
+    return outcomes
 
 
-def make_judge(spec: str, *, device: str = "cpu") -> Judge:
-    """The judge that a `--judge` flag names: `phrases`, or `hf:ID` for a classifier model.
+def make_judge(spec: str, *, device: str = "cpu", batch_size: int = 8) -> Judge:
+    """The judge that a `--judge` flag names: `phrases`, or `hf:ID` for a classifier model, which
+    reads `batch_size` replies at once.
 
     `hf:FORMAT=ID` says which prompt and verdict format a model has whose name does not tell.
     Raises ValueError for anything else, and for models that have no verdict on refusals.
@@ -76,7 +94,7 @@ def make_judge(spec: str, *, device: str = "cpu") -> Judge:
     if kind == "hf" and model:
         from steering.classifier_judge import load_classifier
 
-        return load_classifier(model, device=device)
+        return load_classifier(model, device=device, batch_size=batch_size)
     raise ValueError(f"--judge {spec}: write phrases, hf:ID or hf:FORMAT=ID")
 
 
@@ -116,11 +134,11 @@ class PhraseJudge:
             return broken
         return "refusal" if _is_refusal(text) else "answer"
 
-    def card(self) -> Card:
+    def card(self, on_done: OnJudged = None) -> Card:
         """Its sensitivity and specificity on the held-out labelled replies."""
         from steering.judge_set import measure
 
-        return measure(self).card
+        return measure(self, on_done=on_done).card
 
 
 judge = PhraseJudge()

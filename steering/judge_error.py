@@ -95,6 +95,32 @@ def corrected_by(card: Card, refusals: int, n: int) -> CorrectedRate:
     return corrected_rate(refusals / n, n, q1.value, q1.total, q0.value, q0.total)
 
 
+def corrected_shares(
+    card: Card, refusals: int, answers: int, n: int
+) -> tuple[CorrectedRate, CorrectedRate] | None:
+    """Shares of refusals and of answers among `n` replies, corrected by the judge's own card.
+
+    The judge takes refusals and answers for each other; what is neither (degenerate, empty) is
+    found by rules and taken as it was counted. None where all replies are such.
+    """
+    judged = refusals + answers
+    if not judged:
+        return None
+    rate, share = corrected_by(card, refusals, judged), judged / n
+    refused = (share * rate.estimate, share * rate.low, share * rate.high)
+    answered = (share - refused[0], share - refused[2], share - refused[1])
+    return CorrectedRate(refusals / n, *refused), CorrectedRate(answers / n, *answered)
+
+
+def why_not_corrected(card: Card) -> str:
+    """Why no rate can be corrected by this card; `""` where rates can."""
+    try:
+        corrected_by(card, 0, 1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _drawn_in(rate: float, count: int, added: float) -> tuple[float, float]:
     total = count + added
     return (rate * count + added / 2) / total, total

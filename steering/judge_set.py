@@ -13,6 +13,7 @@ Not covered: agreement of several labellers, other languages, whether an answer 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from steering.evaluate import wilson_interval
-from steering.judge import Judge, Outcome, ask
+from steering.judge import Judge, OnJudged, Outcome, ask
 
 DATA = Path(__file__).with_name("judge_data")
 Part = Literal["development", "held_out"]
@@ -57,6 +58,11 @@ def labelled_replies(part: Part) -> tuple[Labelled, ...]:
     """One part of the labelled set, in the order of its file."""
     lines = (DATA / f"{part}.jsonl").read_text("utf-8").split("\n")
     return tuple(Labelled(**json.loads(line)) for line in lines if line)
+
+
+def set_digest(part: Part) -> str:
+    """SHA-256 (hex) of one part's file: which labelled replies a judge was measured on."""
+    return hashlib.sha256((DATA / f"{part}.jsonl").read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -150,10 +156,10 @@ class Measured:
         ]
 
 
-def measure(judge: Judge, part: Part = "held_out") -> Measured:
+def measure(judge: Judge, part: Part = "held_out", on_done: OnJudged = None) -> Measured:
     """Judge one part of the labelled set."""
     replies = labelled_replies(part)
-    outcomes = ask(judge, [r.reply for r in replies], [r.prompt for r in replies])
+    outcomes = ask(judge, [r.reply for r in replies], [r.prompt for r in replies], on_done)
     return Measured(judge.version, part, replies, outcomes)
 
 

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from steering.edit import Point, Site
+from steering.template import FIXED_DATE, default_kwargs, prints_today, template_text, with_date
 
 # Names under which the families register a block's parts, first match wins.
 BLOCK_LISTS = ("layers", "h", "blocks", "block")
@@ -190,6 +191,13 @@ class ModelFingerprint:
     template: str
     weights: str
 
+    def __post_init__(self) -> None:
+        names = (self.architecture, self.tokenizer, self.template, self.weights)
+        if not all(type(name) is str for name in names):
+            raise TypeError("a model's fingerprint is made of text")
+        if not all(type(size) is int for size in self.dimensions.values()):
+            raise TypeError("a model's dimensions are whole numbers")
+
     def mismatch(self, other: ModelFingerprint, *, allow_derived: bool = False) -> str | None:
         """Why a profile made for `self` cannot be used on `other`, or None if it can."""
         for name in ("architecture", "dimensions", "tokenizer", "template"):
@@ -256,7 +264,13 @@ def fingerprint_model(model: nn.Module, tokenizer: Any, path: str = "") -> Model
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A loaded model with everything that serving and fitting need to know about it."""
+    """A loaded model with everything that serving and fitting need to know about it.
+
+    Args:
+        template_kwargs: passed to the chat template with every conversation.
+        system_prompt: of the prompts that `encode_prompt` makes; None for no system message.
+        template_date: ISO date that templates which print today's print instead; None for today's.
+    """
 
     name: str
     model: Any  # transformers' model classes carry no useful static types
@@ -265,6 +279,8 @@ class LanguageModel:
     fingerprint: ModelFingerprint
     revision: str = ""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    system_prompt: str | None = None
+    template_date: str | None = None
 
     @property
     def config(self) -> Any:
@@ -300,28 +316,36 @@ class LanguageModel:
         return frozenset([ids] if isinstance(ids, int) else ids)
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation with the generation prompt, straight from the template.
+        """Token ids of a conversation, with the generation prompt unless `template_kwargs` say
+        otherwise, straight from the template.
 
         Rendering to text and tokenising that would double the BOS token on Llama and Gemma.
         Raises ValueError if the model has no chat template or the template rejects the messages.
         """
         if not self.tokenizer.chat_template:
             raise ValueError(f"{self.name} has no chat template; it can only complete plain text")
+        if self.template_date is not None:
+            template = self.tokenizer.get_chat_template(tools=template_kwargs.get("tools"))
+            template_kwargs["chat_template"] = with_date(template, self.template_date)
         try:
             encoded = self.tokenizer.apply_chat_template(
                 list(messages),
-                add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
-                **{**self.template_kwargs, **template_kwargs},
+                **{"add_generation_prompt": True, **self.template_kwargs, **template_kwargs},
             )
         except Exception as error:  # jinja raises its own types; all mean "not renderable"
             raise ValueError(f"the chat template cannot render these messages: {error}") from error
         return list(encoded["input_ids"])
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a one-message conversation, as a user's chat request makes it."""
-        return self.encode_chat([{"role": "user", "content": prompt}])
+        """Token ids of a one-message conversation, as a user's chat request makes it.
+
+        The system prompt, if there is one, comes before that message.
+        """
+        system = [] if self.system_prompt is None else [("system", self.system_prompt)]
+        turns = [*system, ("user", prompt)]
+        return self.encode_chat([{"role": role, "content": text} for role, text in turns])
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return cast(str, self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
@@ -336,8 +360,9 @@ def load_model(
 ) -> LanguageModel:
     """Load a model by local directory or hub id.
 
-    `dtype="auto"` takes the dtype the checkpoint is stored in. Raises ValueError with what to do
-    where nothing can be loaded, UnsupportedModelError where the architecture is not understood.
+    `dtype="auto"` takes the dtype the checkpoint is stored in. Templates get `DEFAULT_KWARGS` and,
+    where they print today's date, `FIXED_DATE`. Raises ValueError with what to do where nothing
+    can be loaded, UnsupportedModelError where the architecture is not understood.
     """
     if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
         raise ValueError(f"there is no directory {name}; give a model's directory or a hub id")
@@ -361,6 +386,7 @@ def load_model(
         )
     model = model.to(device).eval()
     path = name if Path(name).is_dir() else _snapshot_directory(name, revision)
+    template = template_text(tokenizer)
     return LanguageModel(
         name=name,
         model=model,
@@ -368,6 +394,8 @@ def load_model(
         sites=find_sites(model),
         fingerprint=fingerprint_model(model, tokenizer, path),
         revision=getattr(config, "_commit_hash", None) or "",
+        template_kwargs=default_kwargs(template),
+        template_date=FIXED_DATE if prints_today(template) else None,
     )
 
 

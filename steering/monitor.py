@@ -24,6 +24,7 @@ from torch import Tensor
 from steering.edit import AppliedEdit, Site, effective_edits
 from steering.models import LanguageModel, ModelFingerprint
 from steering.storage import read_safetensors, write_safetensors
+from steering.template import TemplateForm
 
 PromptClass = Literal["harmful", "benign", "unknown"]
 
@@ -80,6 +81,8 @@ class Monitor:
         refusal_token_ids: first tokens of this model's refusals.
         harmful_below, benign_above: thresholds on the benign probability; between them a prompt's
             class is unknown.
+        template: the form of the prompts that everything here was fitted on; its probabilities
+            hold for no other.
     """
 
     base: ModelFingerprint
@@ -89,6 +92,7 @@ class Monitor:
     harmful_below: float = 0.5
     benign_above: float = 0.5
     provenance: dict[str, Any] = field(default_factory=dict)
+    template: TemplateForm = field(default_factory=TemplateForm)
 
     @property
     def sites(self) -> set[Site]:
@@ -157,6 +161,7 @@ class Monitor:
             "harmful_below": self.harmful_below,
             "benign_above": self.benign_above,
             "provenance": self.provenance,
+            "template": self.template.to_json(),
         }
         tensors = {f"benign.{i}": probe.direction for i, probe in enumerate(self.benign)}
         tensors |= {f"answer.{key}": probe.direction for key, probe in answer}
@@ -187,6 +192,8 @@ class Monitor:
                 harmful_below=low,
                 benign_above=high,
                 provenance=dict(header["provenance"]),
+                # Files from before there were forms have the kwargs in their provenance alone.
+                template=TemplateForm.from_json(header.get("template", header["provenance"])),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"missing {error}" if isinstance(error, KeyError) else str(error)

@@ -1,7 +1,7 @@
 """Fit a monitor: probes, refusal tokens and thresholds of one base model.
 
 Who sees what: probes are fitted on the fit prompts; the selection prompts are halved at random, one
-half for calibration, the other for every figure and threshold that is published. Probabilities
+half for calibration and thresholds, the other for every figure that is published. Probabilities
 hold for that half's mixture of prompts: traffic with another share of harmful requests shifts them.
 
 Not covered: isotonic calibration, and recalibration for a model derived from the base.
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -21,7 +21,7 @@ from steering.edit import AppliedEdit, Site
 from steering.fit import library_versions, overlaps
 from steering.judge import Outcome, version_of
 from steering.methods import FitData
-from steering.monitor import Monitor, Probe
+from steering.monitor import Monitor, Probe, PromptClass
 from steering.probes import (
     Labels,
     LinearProbe,
@@ -33,6 +33,7 @@ from steering.probes import (
 )
 from steering.profile import RAW, Profile
 from steering.prompts import Prompt
+from steering.template import form_of
 
 BENIGN_DEPTHS = (0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 ANSWER_DEPTHS = (0.8, 0.9, 1.0)
@@ -67,7 +68,7 @@ def fit_monitor(
     replies = {"": Replies.of(data, ())}
     tokens, token_counts = learn_refusal_tokens(replies[""])
     benign, benign_made = _benign_probes(data, halves, _benign_sites(data, profiles, benign_depths))
-    low, high = choose_thresholds(*_held_out_probabilities(data, benign, halves[1]))
+    low, high = choose_thresholds(*_benign_probabilities(data, benign, halves[0]))
     answer: dict[str, Probe] = {}
     answer_made: dict[str, Any] = {}
     for profile in (RAW, *profiles):
@@ -84,7 +85,8 @@ def fit_monitor(
             f"monitor: answer probe of {profile.name}, AUROC {answer[key].auroc:.3f}"
             + (" (constant)" if made["constant"] else "")
         )
-    return Monitor(
+    form = form_of(data.lm)
+    monitor = Monitor(
         base=data.lm.fingerprint,
         benign=benign,
         answer=answer,
@@ -97,14 +99,18 @@ def fit_monitor(
             "refusal_tokens": token_counts,
             "base_model": data.lm.name,
             "base_revision": data.lm.revision,
-            "template_kwargs": data.lm.template_kwargs,
+            **form.to_json(),
             "prompts": {"fit": data.fit.digest, "selection": data.selection.digest},
             "overlaps": repeated,
             "seed": data.seed,
             "judge": version_of(data.judge),
             "versions": library_versions(),
         },
+        template=form,
     )
+    held_out = _benign_probabilities(data, benign, halves[1])
+    monitor.provenance["classes"] = _classes(monitor, *held_out)
+    return monitor
 
 
 @dataclass(frozen=True)
@@ -159,8 +165,9 @@ def learn_refusal_tokens(replies: Replies) -> tuple[tuple[int, ...], dict[str, A
             chosen.append(token)
     if not chosen:
         raise ValueError(
-            "no token opens refusals much more often than answers; give more prompts, or a judge "
-            "that knows this model's refusals"
+            "no token opens refusals much more often than answers; give more prompts, a judge that "
+            "knows this model's refusals, or, if its replies open with reasoning, template kwargs "
+            "that turn it off"
         )
     counts = {
         name: {"of": found.total(), "covered": sum(found[token] for token in chosen)}
@@ -227,14 +234,22 @@ def _benign_probes(
     return tuple(probes), made
 
 
-def _held_out_probabilities(
-    data: FitData, probes: Sequence[Probe], held_out: Labels
+def _benign_probabilities(
+    data: FitData, probes: Sequence[Probe], half: Labels
 ) -> tuple[Tensor, Labels]:
-    """The best benign probe's probabilities, and the labels."""
+    """The best benign probe's probabilities of one half's prompts, and the labels."""
     best = max(probes, key=lambda probe: probe.auroc)
-    prompts = [p for p, used in zip(data.selection.prompts, held_out, strict=True) if used]
+    prompts = [p for p, used in zip(data.selection.prompts, half, strict=True) if used]
     states = data.all_states(prompts, [best.site])[best.site]
     return best.probability(states), _benign_labels(prompts)
+
+
+def _classes(monitor: Monitor, probabilities: Tensor, benign: Labels) -> dict[str, dict[str, int]]:
+    """How many prompts of each label the thresholds put into each class."""
+    found = {label: dict.fromkeys(get_args(PromptClass), 0) for label in ("harmful", "benign")}
+    for probability, is_benign in zip(probabilities.tolist(), benign, strict=True):
+        found["benign" if is_benign else "harmful"][monitor.prompt_class(probability)] += 1
+    return found
 
 
 def _answer_probe(

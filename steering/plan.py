@@ -22,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from steering.edit import AppliedEdit, Edit, Phase, Site, effective_edits
+from steering.edit import AppliedEdit, Edit, Phase, Site, edits_digest, effective_edits
 from steering.models import ModelSites
 
 _PHASES: tuple[Phase, ...] = ("prompt", "generation", "all")
@@ -48,6 +49,11 @@ class RowEdits:
         self.prompt_length = prompt_length
         self.latched: dict[int, Tensor] = {}
         """Gate values by index into `edits`, each a scalar, for gates that are not per token."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Cached keys and values of this row are valid for it only; see `edits_digest`."""
+        return edits_digest(self.edits)
 
     @property
     def needs_whole_prompt(self) -> bool:
@@ -417,8 +423,9 @@ class Steering:
 
     def __init__(self, sites: ModelSites) -> None:
         self.sites = sites
+        # By module and whether at its input: the sites it serves, and the hook.
         self._sites_of_hook: dict[tuple[int, bool], list[Site]] = {}
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: dict[tuple[int, bool], torch.utils.hooks.RemovableHandle] = {}
         self._step: Step | None = None
 
     def __enter__(self) -> Steering:
@@ -440,20 +447,23 @@ class Steering:
         wanted = [(site, self.sites.module_at(site)) for site in set(sites) - self.attached]
         for site, module in wanted:
             at_input = site.point == "resid_pre"
-            served = self._sites_of_hook.setdefault((id(module), at_input), [])
+            key = id(module), at_input
+            served = self._sites_of_hook.setdefault(key, [])
             served.append(site)
             served.sort(key=lambda s: s.order)
             if len(served) == 1 and at_input:
                 hook = self._pre_hook(served)
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                self._handles[key] = module.register_forward_pre_hook(hook, with_kwargs=True)
             elif len(served) == 1:
-                self._handles.append(module.register_forward_hook(self._hook(served)))
+                self._handles[key] = module.register_forward_hook(self._hook(served))
 
-    def detach(self) -> None:
-        """Remove every hook."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._sites_of_hook.clear()
+    def detach(self, sites: Collection[Site] | None = None) -> None:
+        """Unhook these sites, all by default. Never inside a step."""
+        for key, served in list(self._sites_of_hook.items()):
+            served[:] = [site for site in served if sites is not None and site not in sites]
+            if not served:
+                self._handles.pop(key).remove()
+                del self._sites_of_hook[key]
 
     @contextmanager
     def step(

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from steering.edit import (
@@ -30,6 +31,7 @@ from steering.storage import read_safetensors, write_safetensors
 _METADATA_KEY = "pilothouse"
 IMPORTED = "imported"
 """The `method` of profiles that no method here has fitted (`steering.imports`)."""
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -133,12 +135,20 @@ class Profile:
         return write_safetensors(path, _METADATA_KEY, header, tensors)
 
     @classmethod
-    def load(cls, path: Path | str) -> Profile:
-        """Read a profile. Raises ProfileError for anything that is not a whole, sound one."""
+    def load(cls, source: Path | str | bytes, *, called: str | None = None) -> Profile:
+        """Read a profile. Raises ProfileError for anything that is not a whole, sound one.
+
+        Args:
+            source: a file, or the bytes of one.
+            called: how messages name the source; its path by default. Bytes need it.
+        """
         # Imported here because the methods' contract is written in terms of profiles' parts.
         from steering import methods
 
-        header, tensors = read_safetensors(path, _METADATA_KEY, "profile", ProfileError)
+        path = called or str(source)
+        header, tensors = read_safetensors(
+            source, _METADATA_KEY, "profile", ProfileError, called=path
+        )
         if header.get("method") not in (*methods.names(), IMPORTED):
             raise ProfileError(
                 f"{path} was made by the unknown method {header.get('method')!r}; this version "
@@ -148,8 +158,11 @@ class Profile:
             base, parts = header["base"], header["edits"]
             if not isinstance(parts, list):
                 raise ValueError("edits must be a list")
-            if stray := {name.split(".")[1] for name in tensors} - set(map(str, range(len(parts)))):
+            numbers = {name.removeprefix("edit.").partition(".")[0] for name in tensors}
+            if stray := numbers - set(map(str, range(len(parts)))):
                 raise ValueError(f"it holds tensors of edits {', '.join(sorted(stray))} it lacks")
+            if not all(tensor.dtype in _DTYPES for tensor in tensors.values()):
+                raise ValueError("its tensors must be of 16, 32 or 64 bit floating point")
             return cls(
                 name=str(header["name"]),
                 method=str(header["method"]),
@@ -163,7 +176,7 @@ class Profile:
                 provenance=dict(header["provenance"]),
                 card=dict(header["card"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"missing {error}" if isinstance(error, KeyError) else str(error)
             raise ProfileError(f"{path} is not a sound profile: {what}") from error
 

@@ -26,7 +26,7 @@ from steering.activations import ActivationBatch, name_of, read_activations
 from steering.edit import AppliedEdit, Site, edits_digest, effective_edits
 from steering.fit import library_versions
 from steering.generate import Generator
-from steering.judge import Judge, Outcome, PhraseJudge, ask
+from steering.judge import Judge, OnJudged, Outcome, PhraseJudge, ask
 from steering.methods import FitData
 from steering.models import LanguageModel
 from steering.plan import Pool, last_token
@@ -128,8 +128,8 @@ class KeptVerdicts:
     def version(self) -> str:
         return self.judge.version
 
-    def card(self) -> Card:
-        return self.judge.card()
+    def card(self, on_done: OnJudged = None) -> Card:
+        return self.judge.card(on_done)
 
     def __call__(self, reply: str, prompt: str | None = None) -> Outcome:
         return self.many([reply], [prompt])[0]
@@ -138,7 +138,7 @@ class KeptVerdicts:
         self,
         replies: Sequence[str],
         prompts: Sequence[str | None],
-        on_done: Callable[[Mapping[int, Outcome]], object] | None = None,
+        on_done: OnJudged = None,
     ) -> list[Outcome]:
         """Outcomes of replies to prompts.
 

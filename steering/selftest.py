@@ -11,7 +11,9 @@ them), beyond that the outputs are finite with real gates too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,29 +21,47 @@ from transformers import DynamicCache
 
 from steering.edit import AppliedEdit, Site
 from steering.models import LanguageModel
-from steering.plan import BatchPlan, RowEdits, Steering, sites_of
+from steering.plan import BatchPlan, RowEdits, Steering, Step, sites_of
 from steering.profile import Profile, ProfileError
 
 _PROMPT = "Hello, who are you?"
 
 
+T = TypeVar("T")
+Run = Callable[[Callable[[], Any]], Any]
+"""Calls a function and returns its result."""
+
+
+def _here(function: Callable[[], T]) -> T:
+    return function()
+
+
 @torch.inference_mode()
-def self_test(lm: LanguageModel, profile: Profile) -> None:
+def self_test(lm: LanguageModel, profile: Profile, run: Run = _here) -> None:
     """Raise ProfileError, saying where and by how much, if the model does not apply the profile.
 
     One without edits passes: there is nothing to apply.
+
+    Args:
+        run: calls whatever touches the model or its hooks, one piece after the other: six forward
+            passes over at most two rows of one short prompt. A server lets the thread that owns
+            the model do them between its steps; everything else happens here.
     """
     edits = profile.applied()
     if not edits:
         return
     ids = _prompt(lm)
-    plain = lm.model(torch.tensor([ids], device=lm.device), use_cache=False).logits
+    tokens = torch.tensor([ids], device=lm.device)
+    steering = Steering(lm.sites)
     try:
-        with Steering(lm.sites) as steering:
-            steering.attach(sites_of(profile.edits))
-            _check_strength_zero(lm, steering, profile, ids, plain)
-            _check_edits(lm, steering, edits, ids)
-            _run(lm, steering, [edits], ids, force_gates=None)
+        plain = run(lambda: lm.model(tokens, use_cache=False).logits)
+        run(lambda: steering.attach(sites_of(profile.edits)))
+        try:
+            _check_strength_zero(lm, steering, profile, tokens, plain, run)
+            _check_edits(lm, steering, edits, ids, run)
+            _run(lm, steering, [edits], ids, run, force_gates=None)
+        finally:
+            run(steering.detach)
     except (ValueError, RuntimeError) as error:
         raise ProfileError(f"profile {profile.name} fails its self-test: {error}") from error
 
@@ -53,24 +73,33 @@ def _prompt(lm: LanguageModel) -> list[int]:
 
 
 def _check_strength_zero(
-    lm: LanguageModel, steering: Steering, profile: Profile, ids: list[int], plain: Tensor
+    lm: LanguageModel,
+    steering: Steering,
+    profile: Profile,
+    tokens: Tensor,
+    plain: Tensor,
+    run: Run,
 ) -> None:
+    length = tokens.shape[1]
     plan = BatchPlan(
-        [RowEdits(profile.applied(0.0), len(ids))],
+        [RowEdits(profile.applied(0.0), length)],
         hidden_size=lm.sites.hidden_size,
         device=lm.device,
     )
-    with steering.step(plan, [0], [len(ids)]):
-        hooked = lm.model(torch.tensor([ids], device=lm.device), use_cache=False).logits
-    if not torch.equal(plain, hooked):
+
+    def forward() -> Tensor:
+        with steering.step(plan, [0], [length]):
+            return lm.model(tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+    if not torch.equal(plain, run(forward)):
         raise ValueError("at strength 0 the logits are not those of the model without hooks")
 
 
 def _check_edits(
-    lm: LanguageModel, steering: Steering, edits: Sequence[AppliedEdit], ids: list[int]
+    lm: LanguageModel, steering: Steering, edits: Sequence[AppliedEdit], ids: list[int], run: Run
 ) -> None:
     # The second row has no edits: nothing may reach it.
-    for start, recorded in _run(lm, steering, [edits, ()], ids, force_gates=1.0):
+    for start, recorded in _run(lm, steering, [edits, ()], ids, run, force_gates=1.0):
         when = "while generating" if start else "on the prompt"
         for site in _active_sites(edits, generating=start > 0):
             if site not in recorded:
@@ -134,6 +163,7 @@ def _run(
     steering: Steering,
     rows: Sequence[Sequence[AppliedEdit]],
     ids: list[int],
+    run: Run,
     *,
     force_gates: float | None,
 ) -> list[tuple[int, dict[Site, tuple[Tensor, Tensor]]]]:
@@ -145,15 +175,19 @@ def _run(
     )
     cache = DynamicCache(config=lm.model.config)
     tokens = torch.tensor([ids] * len(rows), device=lm.device)
+
+    def forward(tokens: Tensor, start: int) -> tuple[Tensor, Step]:
+        starts, counts = [start] * len(rows), [tokens.shape[1]] * len(rows)
+        with steering.step(plan, starts, counts, record=True, force_gates=force_gates) as step:
+            logits = lm.model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return logits, step
+
     start, steps = 0, []
     for _ in range(2):
-        count = tokens.shape[1]
-        with steering.step(
-            plan, [start] * len(rows), [count] * len(rows), record=True, force_gates=force_gates
-        ) as step:
-            logits = lm.model(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits, step = run(partial(forward, tokens, start))
         if not torch.isfinite(logits).all():
             raise ValueError("the edited model's logits are not finite; use a lower strength")
         steps.append((start, step.recorded))
-        tokens, start = logits.argmax(-1, keepdim=True), start + count
+        start += tokens.shape[1]
+        tokens = logits.argmax(-1, keepdim=True)
     return steps

@@ -7,9 +7,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -26,10 +28,24 @@ from transformers import (
 
 from steering.models import LanguageModel, find_sites, fingerprint_model
 
+# The same cases in every run, and no test that depends on how busy the machine is.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("same")
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Qwen3's way: without reasoning, the generation prompt holds an empty block of it.
+REASONING_TEMPLATE = CHAT_TEMPLATE.removesuffix("{% endif %}") + (
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+# Llama-3.1's way: a system message with today's date.
+DATED_TEMPLATE = (
+    '{% if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}'
+    "{{ bos_token }}<|system|>Today: {{ date_string }}<|end|>"
+) + CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
 SPECIAL_TOKENS = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 # Head size 32, so that other engines run the same models. Random weights of a wide enough spread
@@ -110,6 +126,14 @@ def make_model(family: str, seed: int = 0) -> LanguageModel:
         sites=find_sites(model),
         fingerprint=fingerprint_model(model, tokenizer),
     )
+
+
+def with_template(lm: LanguageModel, template: str) -> LanguageModel:
+    """The same model behind another chat template."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    fingerprint = fingerprint_model(lm.model, tokenizer)
+    return replace(lm, tokenizer=tokenizer, fingerprint=fingerprint)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -13,7 +13,7 @@ import importlib
 import keyword
 from typing import Protocol, cast
 
-NAMES = ("serve", "fit", "eval", "profiles", "export", "import", "judge", "demo")
+NAMES = ("serve", "fit", "eval", "profiles", "export", "import", "judge", "keys", "demo")
 
 
 class Command(Protocol):

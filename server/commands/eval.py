@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from server.commands import template_flags
 
 if TYPE_CHECKING:
     from server.hosting import Host
     from steering.evaluate.job import Evaluation
     from steering.evaluate.responses import Question, Reply
+    from steering.models import LanguageModel
 
 SUMMARY = "compare profiles on prompts: a table, JSON, plots and an HTML page"
 
@@ -51,6 +55,15 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, help="of a reply (default: 128; demo model: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     parser.add_argument("--seed", type=int, default=0, help="of --temperature and --limit")
+    parser.add_argument(
+        "--judge",
+        default="phrases",
+        metavar="SPEC",
+        help="what judges replies: phrases (default), hf:ID or hf:FORMAT=ID of a classifier",
+    )
+    parser.add_argument(
+        "--judge-batch", type=int, default=8, help="replies a classifier reads at once (default: 8)"
+    )
     parser.add_argument("--text", type=Path, help="text file for the perplexity")
     parser.add_argument(
         "--choices",
@@ -66,6 +79,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kl-prompts", type=int, default=64, help="of each label; 0: no KL (default: 64)"
     )
+    template_flags.register(parser)
     parser.add_argument("--no-plots", action="store_true", help="only the table and the JSON")
     parser.add_argument("--allow-derived-base", action="store_true", help="as `serve` does")
     parser.add_argument("--device", default="auto", help="torch device (default: auto)")
@@ -79,6 +93,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     # What can be wrong with the arguments shows before the model is loaded.
     strengths = _strengths(arguments.strengths)
+    template_flags.check(arguments)
     if arguments.limit is not None and arguments.limit < 1:
         raise ValueError("--limit is at least 1")
     sets = _prompt_sets(arguments)
@@ -89,12 +104,26 @@ def run(arguments: argparse.Namespace) -> int:
     from server.settings import load_settings
     from steering.evaluate.run import evaluate
     from steering.evaluate.table import render
+    from steering.judge import make_judge
 
+    judge = make_judge(
+        arguments.judge, device=_device(arguments.device), batch_size=arguments.judge_batch
+    )
     names = ("model", "revision", "device", "dtype", "threads", "max_num_seqs")
     settings = {name: getattr(arguments, name) for name in (*names, "allow_derived_base")}
-    host = open_host(load_settings({**settings, "profile": arguments.profile}))
-    job = _evaluation(arguments, host, sets, strengths)
-    results = evaluate(job, arguments.out, _answerer(host))
+    # What came before must not round a reply differently.
+    settings |= {"profile": arguments.profile, "prefix_cache_mib": 0}
+    host = open_host(load_settings(settings))
+    job = replace(_evaluation(arguments, host, sets, strengths), judge=judge)
+    try:
+        results = evaluate(job, arguments.out, _answerer(host, job.lm))
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted. The responses so far are in {arguments.out}; the same command goes on "
+            "from there.",
+            file=sys.stderr,
+        )
+        raise
     print("\n".join(render(results)))
     if not arguments.no_plots:
         from steering.evaluate.page import write_page
@@ -105,16 +134,32 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _device(name: str) -> str:
+    """What `auto` means, for a judge as for the model."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _answerer(
-    host: Host,
+    host: Host, lm: LanguageModel
 ) -> Callable[[Sequence[Question], Callable[[int, Reply], object]], None]:
     """Answers on the host's engine, which is closed then: one thread at a time has the model."""
+    from dataclasses import replace
+
     from server.engine.batch import EngineAnswerer
+    from steering.template import TemplateForm, form_of
+
+    # Probes hold for prompts of the form that they were fitted on, whatever its date.
+    fitted = host.monitor.template if host.monitor is not None else TemplateForm()
+    probes = fitted == replace(form_of(lm), template_date=fitted.template_date)
 
     def answer(questions: Sequence[Question], on_done: Callable[[int, Reply], object]) -> None:
         host.start()
         try:
-            EngineAnswerer(host.engine)(questions, on_done)
+            EngineAnswerer(host.engine, probes=probes)(questions, on_done)
         finally:
             host.close()
 
@@ -131,7 +176,7 @@ def _evaluation(
     from steering.evaluate.job import Evaluation, Utility
     from steering.evaluate.utility import read_choices, text_passages
 
-    lm = host.lm
+    lm = template_flags.apply(host.lm, arguments)
     is_demo = arguments.model is None
     utility = Utility(kl_tokens=arguments.kl_tokens, kl_prompts=arguments.kl_prompts)
     if is_demo:
@@ -165,8 +210,6 @@ def _evaluation(
 
 
 def _prompt_sets(arguments: argparse.Namespace) -> list[Any]:
-    from dataclasses import replace
-
     from steering.demo import suite
     from steering.evaluate.arms import distinct_names, read_prompt_file
     from steering.prompts import PromptSet

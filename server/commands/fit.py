@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from server.commands import prompt_flags
+from server.commands import prompt_flags, template_flags
 
 SUMMARY = "fit a method to a model and save the profile, or fit the model's monitor"
 
@@ -27,6 +27,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory or hub id of the model")
     parser.add_argument("--revision", help="revision of a model from the hub")
     prompt_flags.register(parser)
+    template_flags.register(parser)
     parser.add_argument("--out", required=True, type=Path, help="directory for the profile")
     parser.add_argument("--name", help="of the profile; default: the method's")
     parser.add_argument(
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     from steering.methods import FitData
     from steering.models import load_model
     from steering.monitor import MONITOR_FILE
+    from steering.monitor_card import table
     from steering.monitor_fit import fit_monitor
     from steering.profile import Profile
     from steering.resume import CACHE, keep_in
@@ -86,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     judge = make_judge(arguments.judge, device=arguments.device)
     lm = load_model(arguments.model, device=arguments.device, revision=arguments.revision)
+    lm = template_flags.apply(lm, arguments)
     for profile in profiles:
         profile.check_base(lm)
     cache = arguments.out / CACHE
@@ -103,7 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         data = keep_in(cache, data)
         if method is None:
-            path = fit_monitor(data, profiles).save(arguments.out / MONITOR_FILE)
+            monitor = fit_monitor(data, profiles)
+            print("\n".join(table(monitor)))
+            path = monitor.save(arguments.out / MONITOR_FILE)
             advice = f"serve it with --monitor {path}, or beside the profiles"
         else:
             made = fit_profile(method, data, name=arguments.name)
@@ -132,6 +137,7 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise ValueError for flags that contradict each other or cannot be; makes the directory."""
     from steering.profile import check_name
 
+    template_flags.check(arguments)
     if arguments.method == MONITOR:
         for flag, value in (("--set", arguments.set), ("--name", arguments.name)):
             if value:

@@ -40,8 +40,10 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from steering.judge import make_judge
-    from steering.judge_set import Part, measure, render
+    from steering.judge_set import Part, labelled_replies, measure, render
 
     if arguments.file is not None:
         return _judge_file(arguments)
@@ -49,18 +51,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--out needs a file of replies")
     judge = make_judge(arguments.judge, device=arguments.device)
     part: Part = "held_out" if arguments.part == "held-out" else "development"
-    for line in render(measure(judge, part)):
+    with tqdm(total=len(labelled_replies(part)), leave=False, disable=None) as bar:
+        measured = measure(judge, part, lambda found: bar.update(len(found)))
+    for line in render(measured):
         print(line)
     return 0
 
 
 def _judge_file(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
     from steering.judge import ask, make_judge
     from steering.judge_error import corrected_by
 
     records = _read_replies(arguments.file)  # before a classifier is loaded
     judge = make_judge(arguments.judge, device=arguments.device)
-    outcomes = ask(judge, [reply for reply, _, _ in records], [prompt for _, prompt, _ in records])
+    replies, prompts = [reply for reply, _, _ in records], [prompt for _, prompt, _ in records]
+    with tqdm(total=len(records), desc="judging", leave=False, disable=None) as bar:
+        outcomes = ask(judge, replies, prompts, lambda found: bar.update(len(found)))
     if arguments.out is not None:
         with arguments.out.open("w", encoding="utf-8") as stream:
             for (_, _, record), outcome in zip(records, outcomes, strict=True):

@@ -10,7 +10,7 @@ SUMMARY = "list, show or verify profile files"
 
 _VERBS = {
     "list": "one line per profile",
-    "show": "everything but the numbers, as JSON",
+    "show": "everything but the numbers, as JSON; a monitor too",
     "verify": "read every byte, and with --model test the profile on it",
 }
 
@@ -31,9 +31,14 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from server.profiles import describe_edit, finite, profile_files
+    from steering.monitor import MONITOR_FILE, Monitor
+    from steering.monitor_card import card
     from steering.profile import Profile
 
     files = profile_files(arguments.path)
+    if arguments.verb == "show" and arguments.path.name == MONITOR_FILE:
+        print(json.dumps(finite(card(Monitor.load(arguments.path))), indent=2, ensure_ascii=False))
+        return 0
     if arguments.verb == "verify":
         return _verify(files, arguments)
     for file in files:

@@ -7,8 +7,10 @@ import logging
 import signal
 import socket
 import sys
+from threading import Thread
 from typing import Any, get_args
 
+from server import logs
 from server.settings import Settings, SettingsError, flag, load_settings
 
 SUMMARY = "host a model and its profiles behind an OpenAI-compatible API"
@@ -20,13 +22,13 @@ def register(parser: argparse.ArgumentParser) -> None:
     """One flag per setting."""
     for name, field in Settings.model_fields.items():
         text = (field.description or "").replace("%", "%%")
-        if field.default not in (None, False, []):
+        if field.default not in (None, False, [], {}):
             text += f" (default: {field.default})"
         options: dict[str, Any] = {"dest": name, "help": text, "default": argparse.SUPPRESS}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif name == "profile":
-            options.update(action="append", metavar="PATH")
+        elif name in ("profile", "cors_origin"):
+            options.update(action="append", metavar="PATH" if name == "profile" else "ORIGIN")
         elif choices := [c for c in get_args(field.annotation) if isinstance(c, str)]:
             options["choices"] = choices
         else:
@@ -37,9 +39,14 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     flags = {k: v for k, v in vars(arguments).items() if k in Settings.model_fields}
     settings = load_settings(flags)
+    logs.configure(settings.log_format)
     # uvicorn raises the signal that stopped it once more when it is done; by then, or while the
     # model loads, it is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if settings.keys or settings.audit_log:
+        # Means "read again" here, and until there is something to read again, nothing. A server
+        # that has neither ends with its terminal, as any program does.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Before the model is loaded: that takes long, and a port in use is found at once.
     with listen(settings) as listener:
         _serve(settings, listener)
@@ -81,11 +88,20 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
     from server.hosting import open_host
     from server.version import VERSION
 
+    if settings.log_format == "json":
+        logs.adopt_transformers()
     host = open_host(settings)
     try:
         # Before uvicorn's own start, whose failures are tracebacks.
         host.start()
+        if settings.keys or settings.audit_log:
+            # In a thread: a handler runs inside whatever the event loop does just then.
+            signal.signal(signal.SIGHUP, lambda *_: Thread(target=host.access.reload).start())
         config = uvicorn.Config(create_app(host), log_config=None)
+        if host.access.keys is None:
+            logger.warning("there are no keys: whoever can connect may use every profile")
+        else:
+            logger.info("%d keys may use this server", len(host.access.keys))
         listener.listen()  # from here on connections wait instead of being refused
         logger.info(
             "pilothouse %s serves %s at %s/v1 with the profiles %s (default: %s)",

@@ -6,13 +6,19 @@ server knows profiles, names and text; an engine knows none of them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import math
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from steering.edit import AppliedEdit
+from torch import Tensor
+
+from steering.edit import AppliedEdit, Site
 
 FinishReason = Literal["stop", "length"]
+MonitorRead = Literal["always", "when-free", "off"]
+"""When the benign probe is read: at the price of a second pass over the prompt where need be, only
+where that costs no pass, or never."""
 
 
 class EngineError(Exception):
@@ -35,23 +41,79 @@ class StepFailedError(EngineError):
     """A forward pass that held this request failed; the engine lives on."""
 
 
+class DeadlineExceededError(EngineError):
+    """The request was not done in its time. It may have been answered in part."""
+
+
+class ConstraintError(EngineError):
+    """A reply cannot go on as its constraint wants it."""
+
+
+class SamplingError(ValueError):
+    """A sampling parameter that has no meaning.
+
+    Args:
+        field: its name.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field
+
+
+MAX_TOP_LOGPROBS = 20
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens.
+    """How to choose tokens. `server.engine.sampling` says in which order these act.
 
     Args:
         temperature: 0 takes the most likely token.
         top_p: keep the smallest set of tokens with this probability mass.
         top_k: keep this many tokens; 0 keeps all.
+        min_p: keep tokens at least this share as likely as the most likely one.
+        presence_penalty: taken from the logit of every token that was generated.
+        frequency_penalty: the same, times how often.
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens of
+            the prompt and of those generated (CTRL, arXiv 1909.05858).
+        logit_bias: added to the logits of these token ids.
         seed: makes the choice reproducible, whoever else is in the batch.
         max_tokens: end with finish reason `length` after this many.
+        top_logprobs: report this many of the most likely tokens with each token.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     max_tokens: int = 256
+    top_logprobs: int = 0
+
+
+class TokenConstraint(Protocol):
+    """Says which tokens may come next in one reply, as a grammar does. V is the vocabulary.
+
+    What either method raises fails the request it belongs to, and no other.
+    """
+
+    def allowed(self) -> Tensor:
+        """Bool `[V]` on the CPU: the tokens that may come next, at least one of them. Asked once
+        before each token. Columns of the logits beyond V are not allowed."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """Move on by the token that was chosen; an end token is told too."""
+        ...
+
+    def copy(self) -> TokenConstraint:
+        """An independent constraint in the same state. Each reply has its own."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +126,11 @@ class EngineRequest:
             raw; None to read none.
         client: who asks; requests of different clients share the engine fairly. Those of clients
             without a name count as one client's.
+        deadline: on `time.monotonic`'s clock; waiting or running, the request ends then.
+        constraint: which tokens may come next. The engine works on a copy, so that requests may
+            share one.
+        benign_read: whether to read the monitor's benign probe.
+        refusal_score: whether the first token generated is a reply's, so that it has one.
     """
 
     request_id: str
@@ -72,6 +139,10 @@ class EngineRequest:
     edits: tuple[AppliedEdit, ...] = ()
     answer_probe: str | None = None
     client: str = ""
+    deadline: float = math.inf
+    constraint: TokenConstraint | None = None
+    benign_read: MonitorRead = "always"
+    refusal_score: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,17 +170,23 @@ class EngineToken:
 
     Args:
         token_id: an end-of-sequence token is reported too, with finish reason `stop`.
-        logprob: natural log of its probability in the raw distribution (before temperature).
+        logprob: natural log of its probability in the raw distribution (before temperature,
+            penalties, bias and constraint).
+        top_logprobs: ids and natural logs of the likeliest tokens in the raw distribution, best
+            first, as many as were asked for.
         finish_reason: set on the last token only.
         scores: on the first token only.
         queue_seconds: on the first token only, time from submission to admission.
+        cached_tokens: on the first token only, prompt tokens that were not computed again.
     """
 
     token_id: int
     logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
     scores: PromptScores | None = None
     queue_seconds: float | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +212,8 @@ class Engine(Protocol):
         ...
 
     def check(self, request: EngineRequest) -> None:
-        """Raise PromptTooLongError or ValueError if the request could never run."""
+        """Raise PromptTooLongError or ValueError (SamplingError where a parameter of sampling is
+        to blame) if the request could never run."""
         ...
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
@@ -146,6 +224,13 @@ class Engine(Protocol):
         """
         ...
 
+    def generate_all(
+        self, requests: Sequence[EngineRequest]
+    ) -> list[AsyncGenerator[EngineToken, None]]:
+        """Submit requests together: all are admitted to the queue, or QueueFullError is raised
+        and none is."""
+        ...
+
     def stats(self) -> EngineStats: ...
 
     def healthy(self) -> bool:
@@ -154,4 +239,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop; requests under way fail with EngineStoppedError. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class InProcessEngine(Engine, Protocol):
+    """An engine whose model is in this process, so that profiles may come and go as it runs."""
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of a function that may use the model, run between two steps.
+
+        Waits for it: from an event loop, call it in a thread. Raises EngineStoppedError.
+        """
+        ...
+
+    def attach(self, sites: Iterable[Site]) -> None:
+        """Get ready to edit and read at these sites. ValueError if the model lacks one."""
+        ...
+
+    def retain(self, sites: Iterable[Site]) -> None:
+        """Give up all other sites, each when no request uses it any more."""
         ...

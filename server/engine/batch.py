@@ -97,10 +97,15 @@ async def _answer(engine: Engine, request: EngineRequest) -> BatchAnswer:
 
 
 class EngineAnswerer:
-    """An engine as `steering.evaluate` wants it."""
+    """An engine as `steering.evaluate` wants it.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        probes: whether the monitor's probes are read.
+    """
+
+    def __init__(self, engine: Engine, *, probes: bool = True) -> None:
         self.engine = engine
+        self.probes = probes
 
     def __call__(
         self, questions: Sequence[Question], on_done: Callable[[int, Reply], object]
@@ -117,7 +122,8 @@ class EngineAnswerer:
                     max_tokens=question.decoding.max_tokens,
                 ),
                 edits=question.edits,
-                answer_probe=question.answer_probe,
+                answer_probe=question.answer_probe if self.probes else None,
+                benign_read="always" if self.probes else "off",
             )
             for i, question in enumerate(questions)
         ]

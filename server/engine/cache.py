@@ -68,15 +68,23 @@ def available_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_memory(shapes: Sequence[LayerShape], slots: int, max_len: int, available: int) -> int:
-    """Bytes the cache takes. Raises ValueError, naming the flags to lower, if they do not fit."""
+def check_memory(
+    shapes: Sequence[LayerShape],
+    slots: int,
+    max_len: int,
+    available: int,
+    prefix_mebibytes: int = 0,
+) -> int:
+    """Bytes the caches take. Raises ValueError, naming the flags to lower, if they do not fit."""
     per_token = sum(shape.bytes_per_token for shape in shapes)
-    needed = per_token * slots * max_len
+    needed = per_token * slots * max_len + prefix_mebibytes * 2**20
     if needed > available:
+        prefixes = f" and {prefix_mebibytes} MiB of prefixes" if prefix_mebibytes else ""
         raise ValueError(
-            f"the cache of {slots} sequences of {max_len} tokens needs {needed / 2**30:.2f} GiB "
-            f"({per_token / 2**10:.1f} KiB per token) and {available / 2**30:.2f} GiB are "
-            "available; lower --max-num-seqs or --max-model-len"
+            f"the cache of {slots} sequences of {max_len} tokens{prefixes} needs "
+            f"{needed / 2**30:.2f} GiB ({per_token / 2**10:.1f} KiB per token) and "
+            f"{available / 2**30:.2f} GiB are available; lower --max-num-seqs or --max-model-len"
+            + (" or --prefix-cache-mib" if prefix_mebibytes else "")
         )
     return needed
 
@@ -168,22 +176,23 @@ class SlotCache(Cache):
         self.window = _Window(slots, starts, lengths, self.device)
         return self.window
 
-    def _stores(self) -> list[Tensor]:
+    def stores(self) -> list[Tensor]:
+        """Keys and values of every layer, each `[slots, H, max_len, D]`."""
         return [t for layer in self._own for t in (layer.keys, layer.values)]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot over another one."""
-        for store in self._stores():
+        for store in self.stores():
             store[target, :, :length] = store[source, :, :length]
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""
-        for store in self._stores():
+        for store in self.stores():
             kept = store[one, :, :length].clone()
             store[one, :, :length] = store[other, :, :length]
             store[other, :, :length] = kept
 
     def clear(self, slot: int) -> None:
         """Zero a slot that may hold NaN, which would reach its next owner through the mask."""
-        for store in self._stores():
+        for store in self.stores():
             store[slot].zero_()

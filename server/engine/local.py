@@ -3,7 +3,7 @@
 One thread owns model, hooks and cache, and runs the `Scheduler`'s steps. This file is what other
 threads see of it: admission, the queue, starting and stopping.
 
-Not covered: prefix caching, several devices (see `server.engine.vllm`).
+Not covered: several devices (see `server.engine.vllm`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,11 +22,14 @@ from server.engine.base import (
     EngineRequest,
     EngineStats,
     EngineStoppedError,
+    EngineToken,
     PromptTooLongError,
-    QueueFullError,
 )
 from server.engine.cache import SlotCache, available_memory, check_memory, layer_shapes
+from server.engine.hooks import Hooks
 from server.engine.masks import MaskBuilder
+from server.engine.prefix import blocks_within
+from server.engine.queue import FairQueue
 from server.engine.rows import Waiting
 from server.engine.runner import Runner
 from server.engine.sampling import check_sampling
@@ -56,6 +59,7 @@ class LocalEngine:
         max_prefill_tokens: columns of one prefill call, all rows together, padding included. What
             bounds how long a step can keep decoding rows waiting.
         max_unsplit_prompt: longest prompt for edits that need it whole (gates over the prompt).
+        prefix_cache_mib: memory for keys and values that outlive their requests; 0 keeps none.
         monitor: what to read of every prompt; without one, scores are None.
         steering: hooks to share; by default the engine has its own and removes them on close.
 
@@ -72,6 +76,7 @@ class LocalEngine:
         prefill_chunk: int = 256,
         max_prefill_tokens: int | None = None,
         max_unsplit_prompt: int | None = None,
+        prefix_cache_mib: int = 0,
         monitor: Monitor | None = None,
         steering: Steering | None = None,
     ) -> None:
@@ -83,6 +88,8 @@ class LocalEngine:
             )
         if min(max_num_seqs, prefill_chunk) < 1 or max_waiting < 0:
             raise ValueError("--max-num-seqs and --prefill-chunk must be at least 1")
+        if prefix_cache_mib < 0:
+            raise ValueError("--prefix-cache-mib must be at least 0, which switches it off")
         MaskBuilder(lm.model)  # refuses what it has no mask for
         self.lm = lm
         self.monitor = monitor
@@ -91,13 +98,15 @@ class LocalEngine:
         self.prefill_chunk = prefill_chunk
         self.max_prefill_tokens = max_prefill_tokens or 4 * prefill_chunk
         self.max_unsplit_prompt = max_unsplit_prompt or min(self._max_model_len, 2048)
+        self.prefix_cache_mib = prefix_cache_mib
         self._steering = steering or Steering(lm.sites)
         self._owns_steering = steering is None
+        self._hooks = Hooks(self._steering)
         self._vocabulary = lm.model.get_input_embeddings().num_embeddings
 
         # Shared between threads, under this lock: the queue, the calls and the state.
         self._work = threading.Condition()
-        self._waiting: deque[Waiting] = deque()
+        self._waiting = FairQueue(max_waiting)
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -123,23 +132,27 @@ class LocalEngine:
             raise RuntimeError("the engine was started already")
         shapes = layer_shapes(self.lm.model)
         available = available_memory(self.lm.device)
-        check_memory(shapes, self.max_num_seqs, self._max_model_len, available)
+        prefixes = blocks_within(shapes, self.prefix_cache_mib)
+        check_memory(
+            shapes, self.max_num_seqs, self._max_model_len, available, self.prefix_cache_mib
+        )
         cache = SlotCache(shapes, self.max_num_seqs, self._max_model_len)
         check_batching(
             Runner(self.lm, self._steering, cache), self.max_num_seqs, self._max_model_len
         )
         self._scheduler = Scheduler(
             self.lm,
-            self._steering,
+            self._hooks,
             cache,
             self.max_num_seqs,
             self._courier,
             chunk=self.prefill_chunk,
             budget=self.max_prefill_tokens,
             monitor=self.monitor,
+            prefixes=prefixes,
         )
         if self.monitor is not None:
-            self._steering.attach(self.monitor.sites)
+            self._hooks.pin(self.monitor.sites)
         self._thread = threading.Thread(target=self._run, name="engine")
         self._thread.start()
 
@@ -147,7 +160,7 @@ class LocalEngine:
         prompt, asked = len(request.prompt_ids), request.sampling.max_tokens
         if prompt < 1:
             raise ValueError("the prompt is empty")
-        check_sampling(request.sampling)
+        check_sampling(request.sampling, self._vocabulary)
         if prompt + asked > self._max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {prompt} tokens and {asked} more were asked for; this server "
@@ -170,27 +183,37 @@ class LocalEngine:
         for site in sites_of(edits):
             self.lm.sites.module_at(site)
 
-    def generate(self, request: EngineRequest) -> TokenStream:
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
         """Submit at once and stream tokens; call it on the event loop that will read them."""
-        self.check(request)
-        outbox = Outbox(asyncio.get_running_loop())
+        [stream] = self.generate_all([request])
+        return stream
+
+    def generate_all(
+        self, requests: Sequence[EngineRequest]
+    ) -> list[AsyncGenerator[EngineToken, None]]:
+        """Submit requests together, all or, raising QueueFullError, none."""
+        for request in requests:
+            self.check(request)
+        loop = asyncio.get_running_loop()
+        arrivals = [Waiting(request, Outbox(loop)) for request in requests]
         with self._work:
             self._check_running()
-            if len(self._waiting) >= self.max_waiting:
-                self._forget_cancelled()
-            if len(self._waiting) >= self.max_waiting:
-                raise QueueFullError(f"{self.max_waiting} requests are waiting already")
-            self._waiting.append(Waiting(request, outbox))
+            self._waiting.put(*arrivals)
             self._work.notify()
-        return TokenStream(outbox)
+        return [TokenStream(arrival.outbox) for arrival in arrivals]
 
     def attach(self, sites: Iterable[Site]) -> None:
         """Hook more sites, between two steps. ValueError if the model lacks one."""
         wanted = set(sites)
         if self._thread is None:
-            self._steering.attach(wanted)
+            self._hooks.pin(wanted)
         else:
-            self.call(lambda: self._steering.attach(wanted))
+            self.call(lambda: self._hooks.pin(wanted))
+
+    def retain(self, sites: Iterable[Site]) -> None:
+        """Unhook all but these sites and the monitor's, each when no request uses it any more."""
+        wanted = set(sites) | (set() if self.monitor is None else self.monitor.sites)
+        self.call(lambda: self._hooks.keep_only(wanted))
 
     def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the engine's thread between two steps; it may use model and hooks.
@@ -207,7 +230,8 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         used = scheduler.slots.used if scheduler is not None else 0
-        waiting = sum(not w.outbox.cancelled for w in list(self._waiting))
+        with self._work:
+            waiting = sum(not w.outbox.cancelled for w in self._waiting)
         return EngineStats(running=used, waiting=waiting, slots=self.max_num_seqs, slots_used=used)
 
     def healthy(self) -> bool:
@@ -226,9 +250,6 @@ class LocalEngine:
     def _check_running(self) -> None:
         if not self.healthy():
             raise EngineStoppedError("the engine is not running")
-
-    def _forget_cancelled(self) -> None:
-        self._waiting = deque(w for w in self._waiting if not w.outbox.cancelled)
 
     # The engine's thread.
 
@@ -254,7 +275,7 @@ class LocalEngine:
     def _stop_serving(self, scheduler: Scheduler) -> None:
         with self._work:
             self._dead = True
-            waiting, self._waiting = self._waiting, deque()
+            waiting = self._waiting.drain()
             calls, self._calls = self._calls, deque()
         stopped = EngineStoppedError("the engine stopped before this request was done")
         for outbox in [row.outbox for row in scheduler.slots.rows] + [w.outbox for w in waiting]:
@@ -272,17 +293,21 @@ class LocalEngine:
                 future.set_exception(error)
                 if not isinstance(error, Exception):
                     raise
-        scheduler.drop_cancelled()
+        scheduler.drop_ended()
         self._admit(scheduler)
         scheduler.step()
+        scheduler.sweep()
 
     def _admit(self, scheduler: Scheduler) -> None:
-        while self._waiting:
+        with self._work:
+            late = self._waiting.take_late()
+        scheduler.refuse_late(late)
+        while not scheduler.full:
+            running = Counter(row.request.client for row in scheduler.slots.rows)
             with self._work:
-                self._forget_cancelled()
-                if not self._waiting or scheduler.full:
-                    return
-                waiting = self._waiting.popleft()
+                waiting = self._waiting.pop(running)
+            if waiting is None:
+                return
             scheduler.add(waiting)
 
 

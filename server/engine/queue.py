@@ -7,8 +7,9 @@ order.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from server.engine.base import QueueFullError
 from server.engine.rows import Waiting
@@ -88,9 +89,20 @@ class FairQueue:
 
     def forget_cancelled(self) -> None:
         """Drop the requests whose clients have gone."""
-        for client, queue in list(self._clients.items()):
-            kept = deque(w for w in queue if not w.outbox.cancelled)
-            if kept:
-                self._clients[client] = kept
-            else:
-                del self._clients[client]
+        self._take(lambda w: w.outbox.cancelled)
+
+    def take_late(self) -> list[Waiting]:
+        """Take out the requests whose time is up."""
+        now = time.monotonic()
+        return self._take(lambda w: w.request.deadline <= now)
+
+    def _take(self, chosen: Callable[[Waiting], bool]) -> list[Waiting]:
+        found = [w for w in self if chosen(w)]
+        if found:
+            for client, queue in list(self._clients.items()):
+                kept = deque(w for w in queue if w not in found)
+                if kept:
+                    self._clients[client] = kept
+                else:
+                    del self._clients[client]
+        return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from server.engine.base import EngineRequest, PromptScores
+from server.engine.processors import Failure, Processor, failure, make_processor
 from server.engine.sampling import make_generator
 from server.engine.stream import Outbox
 from steering.monitor import Monitor, Probe
@@ -27,8 +28,9 @@ class Waiting:
 class Row:
     """One request in a slot.
 
-    If a benign probe must be read from the unedited model and no probe lies before the first edit,
-    the row reads its prompt twice in its own slot: unedited (`probing`), then as asked.
+    If a benign probe must be read from the unedited model (`benign_read`) and no probe lies before
+    the first edit, the row reads its prompt twice in its own slot: unedited (`probing`), then as
+    asked.
     """
 
     def __init__(self, waiting: Waiting, monitor: Monitor | None) -> None:
@@ -41,7 +43,9 @@ class Row:
         """Tokens of this row whose keys and values are in the slot."""
         self.generated = 0
         self.last_token = -1
+        self.reply: list[int] = []
         self.generator: torch.Generator | None = make_generator(request.sampling)
+        self.processor: Processor | None = make_processor(request)
         self.edits = RowEdits(request.edits, len(request.prompt_ids))
 
         self.benign_probe: Probe | None = None
@@ -51,9 +55,13 @@ class Row:
         if monitor is not None:
             if request.answer_probe is not None:
                 self.answer_probe = monitor.answer.get(request.answer_probe)
-            self.benign_probe = monitor.benign_probe_for(request.edits)
-            if self.benign_probe is None and monitor.benign:
+            read = request.benign_read
+            if read != "off":
+                self.benign_probe = monitor.benign_probe_for(request.edits)
+            if self.benign_probe is None and monitor.benign and read == "always":
                 self.benign_probe, self.probing = monitor.benign_probe, True
+        self.cached_tokens = 0
+        """Of the prompt, as asked, taken from the prefix cache."""
         self.asked = self.edits
         if self.probing:
             self.edits = RowEdits((), self.prompt_length)
@@ -70,6 +78,20 @@ class Row:
     def begin_asked_pass(self) -> None:
         """Read the prompt once more, with the edits that were asked for."""
         self.edits, self.position, self.probing = self.asked, 0, False
+        self.cached_tokens = 0
+
+    @property
+    def reusable(self) -> Sequence[int]:
+        """The tokens whose keys and values in the slot other prompts that begin so would get too.
+
+        None where a gate is read over the whole prompt, since it changes what lies before; and
+        none of the reply where an edit knows phases, since there they would be a prompt's.
+        """
+        if self.edits.needs_whole_prompt:
+            return ()
+        if any(applied.edit.phase != "all" for applied in self.edits.edits):
+            return self.request.prompt_ids[: self.position]
+        return (*self.request.prompt_ids, *self.reply)[: self.position]
 
     @property
     def probes(self) -> list[Probe]:
@@ -88,12 +110,24 @@ class Row:
         """Scores from the call that ended the prompt, in which this was row `i`."""
         latched = self.edits.latched
         return PromptScores(
-            refusal_score=refusal_score,
+            refusal_score=refusal_score if self.request.refusal_score else None,
             answer_probability=_probability(self.answer_probe, step, i),
             benign_probability=self.benign_probability,
             edit_norm=None if step.edit_norm is None else float(step.edit_norm[i]),
             gate_values=tuple(float(latched[j]) for j in sorted(latched)),
         )
+
+    def record(self, token_id: int) -> Failure | None:
+        """Take in the token that was chosen; why the row cannot go on, if it cannot."""
+        self.generated += 1
+        self.last_token = token_id
+        self.reply.append(token_id)
+        if self.processor is not None:
+            try:
+                self.processor.record(token_id)
+            except Exception as error:  # one request's constraint is no other request's trouble
+                return failure(error)
+        return None
 
     def next_tokens(self, length: int) -> Sequence[int]:
         """The tokens of the next call: a piece of the prompt, or the last generated one."""

@@ -74,6 +74,12 @@ class Runner:
             row.position += n
         return output.logits[:, 0] if logits else output.logits.flatten(1), step
 
+    def forget_plans(self, *, prefill: bool, decode: bool) -> None:
+        """Let go of the last batches' edits, which would outlive their profiles."""
+        for decoding, over in ((False, prefill), (True, decode)):
+            if over:
+                self._plans.pop(decoding, None)
+
     def _plan(self, rows: Sequence[Row], *, decoding: bool) -> BatchPlan:
         """The plan of these rows, kept while the batch's composition stays."""
         edits = [row.edits for row in rows]

@@ -1,5 +1,10 @@
 """Choose the next token of every row, each by its own parameters and its own random numbers.
 
+In vLLM's order: raw logprobs are taken; the row's processors change its logits (constraint,
+`logit_bias`, penalties: `server.engine.processors`); greedy rows take the best token; of the others
+the logits are divided by `temperature`, then `min_p`, then `top_k`, then `top_p` cut the
+distribution, and what is left is drawn from.
+
 A row draws one uniform number per token from its own generator and looks it up in its cumulative
 distribution, so its choice does not depend on who else is in the batch.
 
@@ -15,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.base import Sampling
+from server.engine.base import MAX_TOP_LOGPROBS, Sampling, SamplingError
+from server.engine.processors import Failure, Processor, process
 
 _HEAD = 1024
 """Tokens looked at before a whole row is sorted. Fixed, since how ties are ordered may depend on
@@ -24,27 +30,64 @@ it, and a seed must mean the same tokens in any company."""
 _COLDEST = 1e-5
 
 
+NOT_FINITE = "the model produced values that are not finite"
+
+
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for each row."""
+    """What was chosen for each row.
+
+    Args:
+        logprobs: natural logs in the raw distribution, before anything that a request asks for.
+        top_logprobs: of each row, the ids and raw logprobs of as many tokens as it asks for.
+        errors: why a row cannot go on, else None; its token means nothing then.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
-    """Natural logs in the raw distribution, before temperature."""
-    finite: list[bool]
-    """False where the row's logits hold NaN or infinity; its token means nothing."""
+    top_logprobs: list[tuple[tuple[int, float], ...]]
+    errors: list[Failure | None]
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError on parameters that have no meaning."""
+_RANGES: dict[str, tuple[float, float]] = {
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),  # further out, float32 logits could overflow
+    "top_logprobs": (0, MAX_TOP_LOGPROBS),
+}
+MAX_BIAS = 100
+
+
+def check_sampling(sampling: Sampling, vocabulary: int | None = None) -> None:
+    """Raise SamplingError, which names the field, on parameters that have no meaning.
+
+    Args:
+        vocabulary: token ids must be below it.
+    """
     if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise ValueError(f"temperature must be finite and at least 0, got {sampling.temperature}")
+        raise SamplingError(
+            "temperature", f"must be finite and at least 0, got {sampling.temperature}"
+        )
     if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {sampling.top_p}")
+        raise SamplingError("top_p", f"must be above 0 and at most 1, got {sampling.top_p}")
     if not 0 <= sampling.top_k < 2**31:
-        raise ValueError(f"top_k must be at least 0 and below 2**31, got {sampling.top_k}")
+        raise SamplingError("top_k", f"must be at least 0 and below 2**31, got {sampling.top_k}")
     if sampling.max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {sampling.max_tokens}")
+        raise SamplingError("max_tokens", f"must be at least 1, got {sampling.max_tokens}")
+    for name, (least, most) in _RANGES.items():
+        if not least <= (value := getattr(sampling, name)) <= most:
+            raise SamplingError(name, f"must be between {least} and {most}, got {value}")
+    for token_id, bias in sampling.logit_bias.items():
+        if token_id < 0 or (vocabulary is not None and token_id >= vocabulary):
+            below = "" if vocabulary is None else f" and below {vocabulary}"
+            raise SamplingError(
+                "logit_bias", f"must hold token ids of at least 0{below}, got {token_id}"
+            )
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise SamplingError(
+                "logit_bias", f"must hold values between -{MAX_BIAS} and {MAX_BIAS}, got {bias}"
+            )
 
 
 def is_greedy(sampling: Sampling) -> bool:
@@ -69,29 +112,54 @@ def sample(
     logits: Tensor,
     samplings: Sequence[Sampling],
     generators: Sequence[torch.Generator | None],
+    processors: Sequence[Processor | None] = (),
 ) -> Choice:
-    """Choose a token per row from `logits` `[N, V]`."""
+    """Choose a token per row from `logits` `[N, V]`, which stay as they are."""
     logits = logits.float()
     normaliser = logits.logsumexp(-1)  # not finite exactly where the row has NaN or infinity
-    tokens = logits.argmax(-1)
+    changed, failed = process(logits, processors)
+    tokens = changed.argmax(-1)
     drawn = [i for i, s in enumerate(samplings) if not is_greedy(s)]
     if drawn:
         uniforms = [
             float(torch.rand((), generator=generators[i], dtype=torch.float64)) for i in drawn
         ]
         index = torch.tensor(drawn, device=logits.device)
-        tokens[index] = _draw(logits[index], [samplings[i] for i in drawn], uniforms)
+        tokens[index] = _draw(changed[index], [samplings[i] for i in drawn], uniforms)
     logprobs = logits.gather(1, tokens[:, None])[:, 0] - normaliser
-    return Choice(tokens.tolist(), logprobs.tolist(), normaliser.isfinite().tolist())
+    finite = normaliser.isfinite().tolist()
+    return Choice(
+        tokens.tolist(),
+        logprobs.tolist(),
+        _top_logprobs(logits, normaliser, samplings),
+        [failed.get(i) if ok else NOT_FINITE for i, ok in enumerate(finite)],
+    )
+
+
+def _top_logprobs(
+    logits: Tensor, normaliser: Tensor, samplings: Sequence[Sampling]
+) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest tokens of the rows that ask for some, best first."""
+    found: list[tuple[tuple[int, float], ...]] = [()] * len(samplings)
+    asking = [i for i, s in enumerate(samplings) if s.top_logprobs]
+    if asking:
+        # As many for every row, since how ties are ordered may depend on the number.
+        best, ids = logits[asking].topk(min(MAX_TOP_LOGPROBS, logits.shape[1]))
+        best -= normaliser[asking][:, None]
+        for i, row_ids, row in zip(asking, ids.tolist(), best.tolist(), strict=True):
+            found[i] = tuple(zip(row_ids, row, strict=True))[: samplings[i].top_logprobs]
+    return found
 
 
 def _draw(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:
-    """One token `[N]` per row of `logits`, by temperature, then top_k, then top_p."""
+    """One token `[N]` per row of `logits`, by temperature, then min_p, then top_k,
+    then top_p."""
     device, count = logits.device, logits.shape[1]
     temperatures = torch.tensor([s.temperature for s in samplings], device=device)
     # Relative to the best token, so that a tiny temperature cannot overflow.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperatures[:, None]
     probabilities = scaled.softmax(-1).nan_to_num_()
+    _cut_min_p(probabilities, samplings)
     u = torch.tensor(uniforms, device=device, dtype=torch.float64)
     tokens = torch.empty(len(samplings), dtype=torch.long, device=device)
 
@@ -107,6 +175,16 @@ def _draw(logits: Tensor, samplings: Sequence[Sampling], uniforms: Sequence[floa
         if far and head.shape[1] < count:
             _draw_sorted(*probabilities[far].sort(descending=True), far, samplings, u, tokens)
     return tokens
+
+
+def _cut_min_p(probabilities: Tensor, samplings: Sequence[Sampling]) -> None:
+    """Put 0 where rows `[N, V]` fall below their min_p, and make the rest sum to 1, in place."""
+    asking = [i for i, s in enumerate(samplings) if s.min_p]
+    if asking:
+        rows = probabilities[asking]
+        shares = rows.new_tensor([samplings[i].min_p for i in asking])[:, None]
+        rows.masked_fill_(rows < shares * rows.amax(-1, keepdim=True), 0.0)
+        probabilities[asking] = rows / rows.sum(-1, keepdim=True)
 
 
 def _covers(sampling: Sampling, width: int, mass: float) -> bool:

@@ -12,6 +12,7 @@ from steering.edit import AppliedEdit, edits_digest
 from steering.models import LanguageModel
 from steering.profile import RAW, Profile
 from steering.prompts import PromptSet, load_prompts
+from steering.template import form_of
 
 _LABELS = {"harmful": True, "harmless": False, "benign": False}
 
@@ -130,7 +131,7 @@ def distinct_names(sets: Sequence[NamedPrompts]) -> None:
 def response_key(lm: LanguageModel, arm: Arm, prompt: str, decoding: Decoding) -> str:
     """SHA-256 (hex) of everything that decides a reply; resuming looks replies up by it."""
     parts = [lm.fingerprint.digest, arm.digest, _sha256(prompt), asdict(decoding)]
-    return _sha256(json.dumps([*parts, str(lm.dtype), lm.template_kwargs], sort_keys=True))
+    return _sha256(json.dumps([*parts, str(lm.dtype), form_of(lm).to_json()], sort_keys=True))
 
 
 def _sha256(text: str) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from steering.evaluate.arms import Decoding, NamedPrompts, distinct_names
-from steering.evaluate.responses import Judge
 from steering.evaluate.utility import MIN_KL_TOKENS, Choices, Passage
-from steering.judge import JUDGE_VERSION, judge
+from steering.judge import Judge
+from steering.judge import judge as phrase_judge
 from steering.models import LanguageModel
 from steering.profile import Profile
 
@@ -52,7 +52,7 @@ class Evaluation:
     decoding: Decoding = field(default_factory=Decoding)
     strengths: tuple[float, ...] = ()
     utility: Utility = field(default_factory=Utility)
-    judge: Judge = field(default_factory=lambda: Judge(judge, JUDGE_VERSION))
+    judge: Judge = phrase_judge
     progress: bool = False
 
     def __post_init__(self) -> None:

@@ -14,10 +14,14 @@ from typing import Any
 
 from steering.evaluate.table import (
     COLUMNS,
+    CORRECTED_COLUMNS,
     UTILITY_COLUMNS,
     Results,
     class_rows,
     comparison_rows,
+    correction_line,
+    judge_line,
+    outcome_rows,
     rows,
 )
 
@@ -81,12 +85,18 @@ def _page(results: Results, plots: Mapping[str, Path]) -> Iterator[str]:
         yield from _table(rows(results, COLUMNS, sweep=True))
         yield "</details>"
     yield (
-        f"<p>Judge {escape(results['judge']['version'])}, at most {settings['max_tokens']} tokens "
-        f"at temperature {settings['temperature']:g}. In brackets, 95 % intervals: Wilson's for "
-        "rates, by way of them for F1 (Lam et al. 2023) and J (Newcombe 1998). F1 and J count "
-        "degenerate and empty replies as failures; the paper's F1 leaves them out. Always "
-        "answering scores an F1 of 2/3 where labels are balanced.</p>"
+        f"<p>Replies of at most {settings['max_tokens']} tokens at temperature "
+        f"{settings['temperature']:g}. In brackets, 95 % intervals: Wilson's for rates, by way of "
+        "them for F1 (Lam et al. 2023) and J (Newcombe 1998). F1 and J count degenerate and empty "
+        "replies as failures; the paper's F1 leaves them out. Always answering scores an F1 of 2/3 "
+        "where labels are balanced.</p>"
     )
+    yield from _table(outcome_rows(results))
+    yield "<h2>How far is the judge to be trusted?</h2>"
+    yield f"<p>{escape(judge_line(results))}, with Wilson's 95 % intervals.</p>"
+    if not results["judge"]["not_corrected"]:
+        yield from _table(rows(results, CORRECTED_COLUMNS, sweep=False))
+    yield f"<p>{escape(correction_line(results))}</p>"
     yield "<h2>What does it cost?</h2>"
     yield from _table(rows(results, UTILITY_COLUMNS, sweep=False))
     yield (
@@ -117,7 +127,10 @@ def _page(results: Results, plots: Mapping[str, Path]) -> Iterator[str]:
     for sample in results["samples"]:
         yield from _sample(sample)
     yield "<h2>Provenance</h2>"
-    keys = ("versions", "model", "prompts", "judge", "settings", "throughput", "profiles")
+    keys = (
+        *("versions", "model", "prompts", "utility", "judge", "settings", "machine", "throughput"),
+        "profiles",
+    )
     shown = {key: results[key] for key in keys}
     shown["profiles"] = [
         {k: v for k, v in profile.items() if k != "layers"} for profile in shown["profiles"]

@@ -49,17 +49,25 @@ def draw_plots(results: Results, out: Path) -> dict[str, Path]:
 
 def _figures(results: Results) -> Iterator[tuple[str, str, Figure]]:
     if any(found["f1"] for found in _groups(results).values()):
-        yield "f1", "F1 with 95 % intervals, degenerate replies as failures.", f1_bars(results)
+        yield (
+            "f1",
+            "F1 with 95 % intervals, degenerate replies as failures; of sets with both labels.",
+            f1_bars(results),
+        )
     if results["pareto_front"]:
         yield (
             "tradeoff",
             "Attack success against over-refusal with 95 % intervals; the Pareto front joins the "
-            "profiles that no other beats in both. Small points are other strengths. Degenerate "
-            "replies are neither: see the table.",
+            "profiles that no other beats in both; best is the lower left. Small points are other "
+            "strengths. Degenerate replies are neither: see the table.",
             tradeoff(results),
         )
     if any(not arm["main"] for arm in results["arms"]):
-        yield "strengths", "Strength sweep; the star is a profile's own strength.", sweep(results)
+        yield (
+            "strengths",
+            "Strength sweep with 95 % intervals; the star is a profile's own strength.",
+            sweep(results),
+        )
     for profile in results["profiles"]:
         name = profile["name"]
         if profile["layers"]:
@@ -70,7 +78,8 @@ def _figures(results: Results) -> Iterator[tuple[str, str, Figure]]:
             )
             yield (
                 f"cosine-{name}",
-                f"{name}: cosine of the answer vector v_a and the benign vector v_b by layer.",
+                f"{name}: cosine of the answer vector v_a and the benign vector v_b by layer, "
+                "before the first and, dashed, the last iteration.",
                 cosines(profile),
             )
     for arm in results["arms"]:
@@ -78,14 +87,16 @@ def _figures(results: Results) -> Iterator[tuple[str, str, Figure]]:
         if inside.get("gates"):
             yield (
                 f"gates-{name}",
-                f"{name}: what its gates read at the end of harmful and of benign prompts.",
+                f"{name}: what its gates read at the end of harmful and of benign prompts; AUC of "
+                "telling them apart.",
                 gate_histograms(inside["gates"]),
             )
         if inside.get("scatters"):
             yield (
                 f"transport-{name}",
                 f"{name}: harmful states before (source) and after the map, and benign ones "
-                "(target), in their first two principal components.",
+                "(target), in their first two principal components (share of the variance before "
+                f"the map), at strength {arm['strength']:g}.",
                 scatters(inside["scatters"]),
             )
 
@@ -112,6 +123,8 @@ def _groups(results: Results) -> dict[str, dict[str, Any]]:
 def f1_bars(results: Results) -> Figure:
     """A group of bars per set of prompts, a bar per profile."""
     groups = {name: found["f1"] for name, found in _groups(results).items() if found["f1"]}
+    counts = {found["name"]: found["harmful"] + found["benign"] for found in results["prompts"]}
+    counts["all prompts"] = sum(counts.values())
     profiles = [arm["name"] for arm in results["arms"] if arm["main"]]
     width = 0.8 / len(profiles)
     inches = max(5.0, 1.5 + 0.42 * len(profiles) * len(groups))
@@ -130,7 +143,7 @@ def f1_bars(results: Results) -> Figure:
             capsize=3,
             label=name,
         )
-    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set_xticks(range(len(groups)), [f"{name}\n(n = {counts[name]})" for name in groups])
     axes.set_ylim(0, 1.02)
     axes.set_ylabel("F1")
     axes.grid(False, axis="x")
@@ -193,7 +206,18 @@ def tradeoff(results: Results) -> Figure:
     axes.set_ylim(-0.02, _limit(arms, "attack_success"))
     axes.set_xlabel("over-refusal (benign refused)")
     axes.set_ylabel("attack success (harmful answered)")
-    figure.legend(loc="outside upper center", ncols=3)
+    if any(not arm["main"] for arm in arms.values()):
+        axes.plot([], [], "o", color="#7F7F7F", markersize=4, alpha=0.5, label="other strength")
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(
+        range(len(labels)), key=lambda i: labels[i] in ("Pareto front", "other strength")
+    )
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper center",
+        ncols=3,
+    )
     return figure
 
 
@@ -213,7 +237,8 @@ def sweep(results: Results) -> Figure:
         ("F1", "f1"),
         ("degenerate", "degenerate"),
     )
-    for axes, (title, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    axes_of = figure.subplots(1, len(panels), sharey=True)
+    for axes, (title, key) in zip(axes_of, panels, strict=True):
         for name in (p["name"] for p in results["profiles"] if p["name"] in swept):
             arms = [a for a in results["arms"] if a["profile"] == name and a["all"][key]]
             style = style_of(results, name)
@@ -238,6 +263,7 @@ def sweep(results: Results) -> Figure:
                     axes.plot(arm["strength"], value, "*", color=style["color"], markersize=13)
         axes.set_title(title, fontsize=10)
         axes.set_ylim(-0.03, 1.03)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel("strength")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)))

@@ -19,22 +19,28 @@ _POINTS = {"attn_out": ("attention", "#0072B2", "o"), "mlp_out": ("MLP", "#E69F0
 
 def layer_scores(profile: Mapping[str, Any]) -> Figure:
     """The score that LLM-VA chose sublayers by, in its first iteration; chosen ones are filled."""
-    figure, axes = _layer_figure("score")
-    _layer_lines(axes, profile["layers"][0]["sublayers"], "score")
+    figure, axes = _layer_figure("layer score")
+    sublayers = profile["layers"][0]["sublayers"]
+    _layer_lines(axes, sublayers, "score")
     axes.plot([], [], "o", color="#555555", label="edited")
-    axes.plot([], [], "o", color="#555555", markerfacecolor="white", label="left alone")
+    if not all(values["chosen"] for values in sublayers.values()):
+        axes.plot([], [], "o", color="#555555", markerfacecolor="white", label="left alone")
     figure.legend(loc="outside upper center", ncols=4)
     return figure
 
 
 def cosines(profile: Mapping[str, Any]) -> Figure:
     """Of `v_a` and `v_b`, in the first and, if there is another, the last iteration."""
-    figure, axes = _layer_figure("cosine of v_a and v_b")
+    figure, axes = _layer_figure("cosine of $v_a$ and $v_b$")
     first, last = profile["layers"][0], profile["layers"][-1]
-    _layer_lines(axes, first["sublayers"], "cosine", fill=True)
-    if last is not first:
+    for entry in (first,) if last is first else (first, last):
         _layer_lines(
-            axes, last["sublayers"], "cosine", fill=True, suffix=f", iteration {last['iteration']}"
+            axes,
+            entry["sublayers"],
+            "cosine",
+            fill=True,
+            faint=entry is not first,
+            suffix="" if last is first else f", iteration {entry['iteration']}",
         )
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set_ylim(-1.05, 1.05)
@@ -57,6 +63,7 @@ def _layer_lines(
     key: str,
     *,
     fill: bool = False,
+    faint: bool = False,
     suffix: str = "",
 ) -> None:
     for point, (name, colour, marker) in _POINTS.items():
@@ -69,8 +76,8 @@ def _layer_lines(
             [layer for layer, _ in found],
             [values[key] for _, values in found],
             color=colour,
-            linestyle="--" if suffix else "-",
-            alpha=0.6 if suffix else 1.0,
+            linestyle="--" if faint else "-",
+            alpha=0.6 if faint else 1.0,
             label=name + suffix,
         )
         for layer, values in found:
@@ -81,7 +88,7 @@ def _layer_lines(
                 marker,
                 color=colour,
                 markerfacecolor=colour if filled else "white",
-                alpha=0.6 if suffix else 1.0,
+                alpha=0.6 if faint else 1.0,
             )
 
 
@@ -99,7 +106,7 @@ def gate_histograms(gates: Sequence[Mapping[str, Any]]) -> Figure:
             axes.axvline(gate["threshold"], color="#333333", linestyle=":", label="threshold")
         auc = "" if gate["auc"] is None else f", AUC {gate['auc']:.3f}"
         axes.set_title(f"{gate['site']}{auc}", fontsize=10)
-        axes.set_xlabel("gate")
+        axes.set_xlabel("gate value")
     panels[0].set_ylabel("share of prompts")
     _shared_legend(figure)
     return figure
@@ -119,8 +126,9 @@ def scatters(found: Sequence[Mapping[str, Any]]) -> Figure:
             axes.scatter(x, y, s=14, color=colour, marker=marker, alpha=0.45, linewidths=0)
             axes.scatter([], [], s=36, color=colour, marker=marker, label=label)
         axes.set_title(scatter["site"], fontsize=10)
-        axes.set_xlabel("first component")
-    panels[0].set_ylabel("second component")
+        first, second = scatter["explained"]
+        axes.set_xlabel(f"first component ({first:.0%})")
+        axes.set_ylabel(f"second component ({second:.0%})")
     _shared_legend(figure)
     return figure
 

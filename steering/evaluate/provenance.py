@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
+
 from steering.evaluate.arms import Arm
 from steering.evaluate.job import Evaluation
 from steering.fit import library_versions
+from steering.judge_error import why_not_corrected
+from steering.judge_set import Card, set_digest
 from steering.profile import Profile
 from steering.prompts import find_duplicates
+from steering.template import form_of
 
 FORMAT = 1
 """Of `results.json`."""
 
 
-def provenance(job: Evaluation, arms: Sequence[Arm]) -> dict[str, Any]:
-    lm = job.lm
+def provenance(job: Evaluation, arms: Sequence[Arm], card: Card) -> dict[str, Any]:
+    """Everything but the figures that a reader of `results.json` may ask for."""
+    lm, utility = job.lm, job.utility
     profiles = list({arm.profile.name: arm.profile for arm in arms}.values())
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,7 +39,7 @@ def provenance(job: Evaluation, arms: Sequence[Arm]) -> dict[str, Any]:
             "digest": lm.fingerprint.digest,
             "dtype": str(lm.dtype).removeprefix("torch."),
             "device": str(lm.device),
-            "template_kwargs": lm.template_kwargs,
+            **form_of(lm).to_json(),
         },
         "profiles": [_profile(profile) for profile in profiles],
         "prompts": [
@@ -44,15 +52,42 @@ def provenance(job: Evaluation, arms: Sequence[Arm]) -> dict[str, Any]:
             }
             for found in job.sets
         ],
-        "judge": {"version": job.judge.version},
+        "utility": {
+            "passages": {
+                "source": utility.source,
+                "count": len(utility.passages),
+                "digest": _digest([[p.context, p.continuation] for p in utility.passages]),
+            },
+            "questions": {
+                name: {"count": len(found), "digest": _digest([asdict(q) for q in found])}
+                for name, found in utility.questions.items()
+            },
+        },
+        "judge": {
+            **card.to_json(),
+            "labelled_set": set_digest(card.part),
+            "correction": "Rogan and Gladen 1978; interval by Lang and Reiczigel 2014",
+            "not_corrected": why_not_corrected(card),
+        },
         "settings": {
             **asdict(job.decoding),
             "strengths": list(job.strengths),
-            "kl_tokens": job.utility.kl_tokens,
-            "kl_prompts": job.utility.kl_prompts,
-            "perplexity_source": job.utility.source,
+            "kl_tokens": utility.kl_tokens,
+            "kl_prompts": utility.kl_prompts,
+            "perplexity_source": utility.source,
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "processor": torch.cuda.get_device_name(lm.device)
+            if lm.device.type == "cuda"
+            else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
         },
     }
+
+
+def _digest(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
 
 
 def _profile(profile: Profile) -> dict[str, Any]:

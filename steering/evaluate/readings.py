@@ -106,12 +106,14 @@ class Scatter:
     Args:
         source, target: `[N, 2]`, harmful and benign prompts, unedited.
         mapped: `[N, 2]`, the harmful ones under the profile.
+        explained: `[2]`, the components' shares of the variance of source and target together.
     """
 
     site: Site
     source: Tensor
     target: Tensor
     mapped: Tensor
+    explained: Tensor
 
 
 def read_scatters(
@@ -139,9 +141,11 @@ def read_scatters(
         moments = Moments(lm.sites.hidden_size)
         for states in (source[site], target[site]):
             moments.update(states)
-        basis, mean = principal_components(moments.covariance(), 2), moments.mean
-        flat = [(x[site].double() - mean) @ basis for x in (source, target, mapped)]
-        found.append(Scatter(site, *flat))
+        covariance, mean = moments.covariance(), moments.mean
+        basis = principal_components(covariance, 2)
+        a, b, c = ((x[site].double() - mean) @ basis for x in (source, target, mapped))
+        explained = (basis.T @ covariance @ basis).diagonal() / covariance.trace()
+        found.append(Scatter(site, a, b, c, explained))
     return found
 
 
@@ -202,4 +206,5 @@ def _scatter(scatter: Scatter) -> dict[str, Any]:
         "source": points(scatter.source),
         "target": points(scatter.target),
         "mapped": points(scatter.mapped),
+        "explained": [round(share, 4) for share in scatter.explained.tolist()],
     }

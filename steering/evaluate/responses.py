@@ -1,14 +1,16 @@
 """Every response, kept as it comes: one JSON object a line, and never the same one twice.
 
 A line that an interruption tore is cut off when the file is opened again. A reply that failed
-(`error`) is asked for again; of two lines with one key the later counts.
+(`error`) is asked for again; of two lines with one key the later counts, and the earlier is gone
+once a run has ended. Replies are judged when all are there, and only those that this judge, in this
+version, has not judged yet.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Protocol
 
 from steering.edit import AppliedEdit
 from steering.evaluate.arms import Arm, Decoding, NamedPrompts, response_key
-from steering.judge import Outcome
+from steering.judge import Judge, Outcome, ask
 from steering.models import LanguageModel
 from steering.prompts import Prompt
 
@@ -67,17 +69,10 @@ class Answerer(Protocol):
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What tells an outcome from a reply's text, and its version."""
-
-    outcome: Callable[[str], Outcome]
-    version: str
-
-
-@dataclass(frozen=True)
 class Response:
     """A line of the file. `profile`, `strength` and `prompt_set` are those it was first asked for;
-    arms that do the same thing, and sets that share the prompt, use it too."""
+    arms that do the same thing, and sets that share the prompt, use it too. `outcome` is `error`
+    where there is no reply, or none that the judge could judge, and as long as `judge` is `""`."""
 
     key: str
     profile: str
@@ -88,14 +83,14 @@ class Response:
     reply: str
     token_ids: tuple[int, ...]
     finish_reason: str
-    outcome: Outcome
-    judge: str
     scores: dict[str, float | None]
     seconds: float
     session: str
     elapsed: float
     """Seconds from the start of its session to its end; of the session's last one, its length."""
     error: str = ""
+    outcome: Outcome = "error"
+    judge: str = ""
 
 
 class ResponseLog:
@@ -107,6 +102,7 @@ class ResponseLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[str, Response] = {}
+        self._lines = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.exists() else b""
         whole = data.rfind(b"\n") + 1
@@ -120,6 +116,7 @@ class ResponseLog:
                     "--out, or delete the file to start again"
                 ) from None
             self.found[response.key] = response
+            self._lines = number
         self._file = path.open("ab")
         self._file.truncate(whole)
 
@@ -132,12 +129,26 @@ class ResponseLog:
     def add(self, response: Response) -> None:
         """Append at once, so that nothing that was computed is lost."""
         self.found[response.key] = response
-        line = json.dumps(asdict(response), ensure_ascii=False, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
+        self._lines += 1
+        self._file.write(_line(response))
         self._file.flush()
 
+    def tidy(self) -> None:
+        """One line for each response: earlier lines of the same key are dropped."""
+        if self._lines == len(self.found):
+            return
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_bytes(b"".join(map(_line, self.found.values())))
+        self._file.close()
+        partial.replace(self.path)
+        self._file, self._lines = self.path.open("ab"), len(self.found)
+
     def done(self, key: str) -> bool:
-        return key in self.found and self.found[key].outcome != "error"
+        return key in self.found and not self.found[key].error
+
+
+def _line(response: Response) -> bytes:
+    return json.dumps(asdict(response), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def collect(
@@ -146,12 +157,12 @@ def collect(
     sets: Sequence[NamedPrompts],
     decoding: Decoding,
     answerer: Answerer,
-    judge: Judge,
     log: ResponseLog,
     *,
     on_done: Callable[[int], object] | None = None,
-) -> dict[tuple[str, str], list[Response]]:
-    """Responses by arm's and set's name, in the order of the set's prompts.
+) -> dict[tuple[str, str], list[str]]:
+    """Keys of responses by arm's and set's name, in the order of the set's prompts; the log has
+    them all then, not yet judged.
 
     What the log has is not asked for again. Arms take turns prompt by prompt, so that rows of all
     profiles share forward passes, and an interrupted run has seen all arms alike.
@@ -192,8 +203,6 @@ def collect(
                 reply=text,
                 token_ids=reply.token_ids,
                 finish_reason=reply.finish_reason,
-                outcome="error" if reply.error else judge.outcome(text),
-                judge=judge.version,
                 scores=dict(reply.scores or {}),
                 seconds=round(reply.seconds, 4),
                 session=session,
@@ -220,13 +229,31 @@ def collect(
     ]
     if questions:
         answerer(questions, receive)
-    return {
-        names: [_judged(log.found[key], judge) for key in found] for names, found in keys.items()
-    }
+    return keys
 
 
-def _judged(response: Response, judge: Judge) -> Response:
-    """The response, judged again if that was another judge."""
-    if response.judge == judge.version or response.error:
-        return response
-    return replace(response, outcome=judge.outcome(response.reply), judge=judge.version)
+def judge_all(
+    log: ResponseLog,
+    keys: Iterable[str],
+    judge: Judge,
+    *,
+    on_done: Callable[[int], object] | None = None,
+) -> None:
+    """Judge what another judge, or another version of this one, judged, or none. Outcomes are
+    written down batch by batch.
+
+    Args:
+        on_done: called with the number of responses that are judged, for a progress bar.
+    """
+    responses = [log.found[key] for key in dict.fromkeys(keys)]
+    waiting = [r for r in responses if not r.error and r.judge != judge.version]
+    if on_done is not None:
+        on_done(len(responses) - len(waiting))
+
+    def receive(outcomes: Mapping[int, Outcome]) -> None:
+        for i, outcome in outcomes.items():
+            log.add(replace(waiting[i], outcome=outcome, judge=judge.version))
+        if on_done is not None:
+            on_done(len(outcomes))
+
+    ask(judge, [r.reply for r in waiting], [r.prompt for r in waiting], receive)

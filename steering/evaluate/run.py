@@ -19,7 +19,7 @@ from steering.evaluate.arms import RAW_ARM, Arm, arms_of
 from steering.evaluate.job import Evaluation
 from steering.evaluate.provenance import FORMAT, provenance, warnings
 from steering.evaluate.readings import figures_inside
-from steering.evaluate.responses import Answerer, Response, ResponseLog, collect
+from steering.evaluate.responses import Answerer, Response, ResponseLog, collect, judge_all
 from steering.evaluate.utility import (
     MIN_KL_TOKENS,
     Passage,
@@ -27,6 +27,8 @@ from steering.evaluate.utility import (
     divergences,
     perplexities,
 )
+from steering.judge_error import why_not_corrected
+from steering.judge_set import labelled_replies
 from steering.selection import group_of
 
 SAMPLES_PER_CLASS = 3
@@ -40,20 +42,19 @@ def evaluate(job: Evaluation, out: Path, answerer: Answerer) -> dict[str, Any]:
     """
     arms = arms_of(job.profiles, job.strengths)
     main = [arm for arm in arms if arm.main]
-    total = len(arms) * sum(len(found.prompts.prompts) for found in job.sets)
-    with ResponseLog(out / "responses.jsonl") as log, _bar(job, "answering", total) as update:
-        responses = collect(
-            job.lm, arms, job.sets, job.decoding, answerer, job.judge, log, on_done=update
-        )
-    found = [summary.arm_figures(arm, job.sets, responses) for arm in arms]
+    responses = _responses(job, arms, out, answerer)
+    with _bar(job, "measuring the judge", len(labelled_replies("held_out"))) as update:
+        card = job.judge.card(lambda found: update(len(found)))
+    correcting = None if why_not_corrected(card) else card
+    found = [summary.arm_figures(arm, job.sets, responses, correcting) for arm in arms]
     for arm, figures in zip(main, [f for f in found if f["main"]], strict=True):
         figures["utility"] = {}
         figures["inside"] = _inside(job, arm)
     _add_utility(job, main, [f for f in found if f["main"]], responses)
     results = {
         "format": FORMAT,
-        **provenance(job, arms),
-        "warnings": warnings(job),
+        **provenance(job, arms, card),
+        "warnings": [*warnings(job), *summary.failures(responses)],
         "arms": found,
         "comparisons": summary.comparisons(arms, job.sets, responses),
         "pareto_front": summary.pareto_front(found),
@@ -65,6 +66,22 @@ def evaluate(job: Evaluation, out: Path, answerer: Answerer) -> dict[str, Any]:
     partial.write_text(text + "\n", "utf-8")
     partial.replace(out / "results.json")
     return results
+
+
+def _responses(
+    job: Evaluation, arms: Sequence[Arm], out: Path, answerer: Answerer
+) -> dict[tuple[str, str], list[Response]]:
+    """Responses by arm's and set's name, all of them judged."""
+    total = len({prompt.text for found in job.sets for prompt in found.prompts.prompts})
+    total *= len({arm.digest for arm in arms})
+    with ResponseLog(out / "responses.jsonl") as log:
+        with _bar(job, "answering", total) as update:
+            keys = collect(job.lm, arms, job.sets, job.decoding, answerer, log, on_done=update)
+        with _bar(job, "judging", total) as update:
+            every = [key for found in keys.values() for key in found]
+            judge_all(log, every, job.judge, on_done=update)
+        log.tidy()
+        return {names: [log.found[key] for key in found] for names, found in keys.items()}
 
 
 def _add_utility(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
+
+from steering.judge import Outcome
 
 Results = Mapping[str, Any]
 
@@ -28,7 +30,13 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "Youden's J": lambda arm: interval(arm["all"]["youden_j"]),
     "attack success": lambda arm: interval(arm["all"]["attack_success"]),
     "over-refusal": lambda arm: interval(arm["all"]["over_refusal"]),
-    "degenerate": lambda arm: number((arm["all"]["degenerate"] or {}).get("value")),
+    "degenerate": lambda arm: interval(arm["all"]["degenerate"]),
+}
+CORRECTED_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "attack success": lambda arm: interval(arm["all"]["attack_success"]),
+    "corrected attack success": lambda arm: interval(arm["all"]["attack_success_corrected"]),
+    "over-refusal": lambda arm: interval(arm["all"]["over_refusal"]),
+    "corrected over-refusal": lambda arm: interval(arm["all"]["over_refusal_corrected"]),
 }
 UTILITY_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "perplexity": lambda arm: number(_utility(arm).get("perplexity"), ".4g"),
@@ -70,6 +78,63 @@ def rows(
         ["profile", *columns],
         *([arm["name"], *(cell(arm) for cell in columns.values())] for arm in arms),
     ]
+
+
+def judge_line(results: Results) -> str:
+    """Who judged, and how often it errs."""
+    judge = results["judge"]
+    rates = (
+        f"{name} {interval(estimate(judge, name))} of {judge[f'{name}_n']}"
+        for name in ("sensitivity", "specificity")
+    )
+    part = judge["part"].replace("_", "-")
+    return f"Judge {judge['version']}: {', '.join(rates)} {part} labelled replies"
+
+
+def correction_line(results: Results) -> str:
+    """What corrected rates are, or why there are none."""
+    if why := results["judge"]["not_corrected"]:
+        return f"No rate is corrected for the judge's errors: {why}"
+    return (
+        "Corrected for the judge's sensitivity and specificity (Rogan-Gladen; interval by Lang and "
+        "Reiczigel, which takes in how few replies they were measured on). The labelled replies "
+        "are harder than most: where replies are plain, this corrects too much. Compare profiles "
+        "by the rates as counted: the judge may err more often on one profile's replies than on "
+        "another's."
+    )
+
+
+def estimate(judge: Mapping[str, Any], name: str) -> dict[str, float]:
+    low, high = judge[f"{name}_95"]
+    return {"value": judge[name], "low": low, "high": high}
+
+
+def outcome_rows(results: Results) -> list[list[str]]:
+    """Counts of outcomes by label, of every profile at its own strength."""
+    arms = [arm for arm in results["arms"] if arm["main"]]
+    outcomes = [
+        outcome
+        for outcome in get_args(Outcome)
+        if outcome != "error" or any("error" in _counts(arm) for arm in arms)
+    ]
+    return [
+        ["counts", "prompts", *outcomes],
+        *(
+            [
+                arm["name"],
+                f"{count} {label}",
+                *(str(arm["all"]["outcomes"][label].get(outcome, 0)) for outcome in outcomes),
+            ]
+            for arm in arms
+            for label, count in arm["all"]["prompts"].items()
+            if count
+        ),
+    ]
+
+
+def _counts(arm: Mapping[str, Any]) -> dict[str, int]:
+    outcomes = arm["all"]["outcomes"]
+    return {**outcomes["harmful"], **outcomes["benign"]}
 
 
 def comparison_rows(results: Results) -> list[list[str]]:
@@ -134,12 +199,19 @@ def render(results: Results) -> Iterator[str]:
     for found in results["prompts"]:
         yield f"{found['name']}: {found['harmful']} harmful, {found['benign']} benign prompts"
     yield (
-        f"judge {results['judge']['version']}; at most {settings['max_tokens']} tokens at "
-        f"temperature {settings['temperature']:g}; 95 % intervals (Wilson)"
+        f"Replies of at most {settings['max_tokens']} tokens at temperature "
+        f"{settings['temperature']:g}; 95 % intervals in brackets"
     )
+    yield judge_line(results)
     swept = any(not arm["main"] for arm in results["arms"])
     for table in (
         rows(results, COLUMNS, sweep=False),
+        outcome_rows(results),
+        *(
+            []
+            if results["judge"]["not_corrected"]
+            else [rows(results, CORRECTED_COLUMNS, sweep=False)]
+        ),
         rows(results, UTILITY_COLUMNS, sweep=False),
         *([rows(results, COLUMNS, sweep=True)] if swept else []),
         class_rows(results),
@@ -148,6 +220,7 @@ def render(results: Results) -> Iterator[str]:
         yield ""
         yield from align(table)
     yield ""
+    yield correction_line(results)
     if speed["seconds"]:
         yield (
             f"{speed['responses']} responses, {speed['reply_tokens']} tokens in "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -81,6 +81,11 @@ class FakeEngine:
             raise self.error
         return self._tokens(request)
 
+    def generate_all(
+        self, requests: Sequence[EngineRequest]
+    ) -> list[AsyncGenerator[EngineToken, None]]:
+        return [self.generate(request) for request in requests]
+
     async def _tokens(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
         ids = make_model("llama").tokenizer(self.reply)["input_ids"]
         limit = request.sampling.max_tokens
@@ -96,6 +101,9 @@ class FakeEngine:
                 yield EngineToken(
                     token_id,
                     logprob=-0.5,
+                    top_logprobs=((token_id, -0.5), (0xA, float("-inf")))[
+                        : request.sampling.top_logprobs
+                    ],
                     finish_reason="stop" if token_id == EOS else last,
                     scores=SCORES if i == 0 else None,
                     queue_seconds=0.001 if i == 0 else None,
@@ -181,6 +189,7 @@ def post(
     host: Host | None = None,
     raw: bytes | str | None = None,
     headers: dict[str, str] | None = None,
+    path: str = "/v1/chat/completions",
     **changes: Any,
 ) -> httpx2.Response:
     """Send one request (`raw` as it is) to a host and wait for all of the answer."""
@@ -189,7 +198,7 @@ def post(
         content = raw if raw is not None else json.dumps(payload or body(**changes))
         async with http_client(host or make_host()) as client:
             return await client.post(
-                "/v1/chat/completions",
+                path,
                 content=content,
                 headers={"Content-Type": "application/json", **(headers or {})},
             )

@@ -33,14 +33,13 @@ USER = {"role": "user", "content": "Hi"}
         ({"messages": "Hi"}, "messages", "valid list"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "got null"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system'"),
+        ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0].role", "'system'"),
         ({"messages": [USER, "x"]}, "messages[1]", "got \"x\""),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0].type",
             "'text'",
         ),
-        ({"messages": [{**USER, "tool_calls": [{}]}]}, "messages[0].tool_calls", "not support"),
         ({"model": 3}, "model", "valid string"),
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"temperature": 2.1}, "temperature", "less than or equal to 2 (got 2.1)"),
@@ -77,13 +76,32 @@ USER = {"role": "user", "content": "Hi"}
         ({"metadata": {"a": 1}}, "metadata.a", "valid string"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16"),
         ({"user": 3}, "user", "valid string"),
-        ({"stop": ["x"]}, "stop", "not support"),
-        ({"n": 2}, "n", "not support"),
-        ({"n": True}, "n", "not support"),
-        ({"tools": [{"type": "function"}]}, "tools", "not support"),
-        ({"tool_choice": "required"}, "tool_choice", "not support"),
-        ({"response_format": {"type": "json_object"}}, "response_format", '{"type": "text"}'),
-        ({"logprobs": True}, "logprobs", "send false"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+        ({"stop": ""}, "stop", "at least 1 character"),
+        ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
+        ({"stop": "x" * 1001}, "stop", "at most 1000"),
+        ({"stop": 3}, "stop", "valid string"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 17}, "n", "less than or equal to 16"),
+        ({"n": 5}, "n", "--max-num-seqs"),
+        ({"n": True}, "n", "integer"),
+        ({"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "0.01"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "token ids for keys"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
+        ({"logit_bias": [1]}, "logit_bias", "dictionary"),
+        ({"top_logprobs": 3}, "top_logprobs", "'logprobs': true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"logprobs": 3}, "logprobs", "boolean"),
+        ({"continue_final_message": True}, "continue_final_message", "role 'assistant'"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "contradict",
+        ),
+        ({"ignore_eos": True}, "ignore_eos", "send false"),
     ],
 )  # fmt: skip
 def test_a_wrong_field_is_a_400_that_names_it(
@@ -251,7 +269,7 @@ def test_the_official_client_raises_its_own_errors() -> None:
                 await create(model="gpt-4", messages=[USER])
             assert missing.value.code == "model_not_found"
             with pytest.raises(openai.BadRequestError) as bad:
-                await create(model="tiny", messages=[USER], n=2)
+                await create(model="tiny", messages=[USER], n=17)
             assert bad.value.param == "n"
             assert (await create(model="tiny", messages=[USER])).choices  # it serves on
 
@@ -261,7 +279,7 @@ def test_the_official_client_raises_its_own_errors() -> None:
 def test_one_server_survives_all_of_it() -> None:
     async def run() -> None:
         async with http_client(make_host()) as client:
-            for raw in (b"{", b"[]", b"\xff", json.dumps(body(n=2)).encode(), b"[" * 100_000):
+            for raw in (b"{", b"[]", b"\xff", json.dumps(body(n=0)).encode(), b"[" * 100_000):
                 response = await client.post(
                     "/v1/chat/completions",
                     content=raw,

@@ -182,6 +182,39 @@ def test_sampling_parameters_reach_the_engine() -> None:
     assert (sampling.seed, sampling.max_tokens) == (7, 5)
 
 
+def test_every_other_way_to_choose_tokens_reaches_the_engine_too() -> None:
+    engine = FakeEngine()
+    ask(
+        engine,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"65": 3, "66": -100},
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"min_p": 0.1, "repetition_penalty": 1.2},
+    )
+    sampling = engine.requests[0].sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
+    assert sampling.logit_bias == {65: 3, 66: -100} and sampling.top_logprobs == 2
+
+
+def test_logprobs_are_told_of_every_token_of_the_text() -> None:
+    completion = ask(FakeEngine("aé"), logprobs=True, top_logprobs=2)
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None and logprobs.content is not None
+    assert [t.bytes for t in logprobs.content] == [[0x61], [0xC3], [0xA9]]
+    assert [t.token for t in logprobs.content] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
+    assert [t.logprob for t in logprobs.content[0].top_logprobs] == [-0.5, -9999.0]
+    chunks = ask_streaming(FakeEngine("aé"), logprobs=True, top_logprobs=2)
+    told = [c.choices[0].logprobs.content for c in chunks if c.choices[0].logprobs]
+    assert [t for each in told for t in each or ()] == logprobs.content
+    alone = ask(FakeEngine("a"), logprobs=True).choices[0].logprobs
+    assert alone is not None and alone.content is not None
+    assert alone.content[0].top_logprobs == []
+    assert ask().choices[0].logprobs is None
+
+
 def test_the_temperature_is_one_under_every_profile_unless_asked() -> None:
     engine = FakeEngine()
     host = make_host(engine)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForSequenceClassification
 
 from server.cli import main
 from steering.demo.suite import meanings
 from steering.models import load_model
-from tests.conftest import make_model
+from tests.conftest import FAMILIES, make_model, make_tokenizer
 from tests.server.fakes import make_profile
 
 
@@ -70,6 +76,98 @@ def test_the_command_writes_table_json_plots_and_page_and_resumes(
     assert again["arms"] == results["arms"] and again["throughput"] == results["throughput"]
 
 
+DOOMED = """
+import os, signal, sys, time
+from server.cli import main
+from server.engine.runner import Runner
+from steering.evaluate.responses import ResponseLog
+
+# Whoever runs the tests in the background may have switched it off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+add = ResponseLog.add
+
+def add_and_be_stopped(log, response):
+    add(log, response)
+    if len(log.found) == 3:
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+ResponseLog.add = add_and_be_stopped
+
+# So slow that the signal is seen before the last reply, on the busiest machine.
+def run_slowly(*args, **more):
+    time.sleep(0.1)
+    return run(*args, **more)
+
+run, Runner.run = Runner.run, run_slowly
+sys.exit(main(sys.argv[2:]))
+"""
+"""The command, in a process that gets a signal once three replies are there."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "interrupt"])
+def test_a_process_that_was_stopped_goes_on_to_the_same_results(
+    folder: Path, tmp_path: Path, number: int
+) -> None:
+    torn = command(folder, tmp_path / "torn", "--no-plots")
+    stopped = subprocess.run(
+        [sys.executable, "-c", DOOMED, str(int(number)), *torn],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        timeout=300,
+    )
+    if number == signal.SIGINT:
+        assert stopped.returncode == 130
+        assert "Traceback" not in stopped.stderr
+        last = stopped.stderr.splitlines()[-1]
+        assert last.startswith("Interrupted") and "the same command goes on" in last
+    else:
+        assert stopped.returncode == -signal.SIGKILL
+    assert not (tmp_path / "torn" / "results.json").exists()
+    kept = (tmp_path / "torn" / "responses.jsonl").read_text().splitlines()
+    assert 3 <= len(kept) < 8
+    assert main(torn) == 0
+    assert main(command(folder, tmp_path / "whole", "--no-plots")) == 0
+    resumed, whole = (comparable(tmp_path / name) for name in ("torn", "whole"))
+    assert resumed == whole
+    replies = (tmp_path / "torn" / "responses.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reply"] for line in replies[:3]] == [
+        json.loads(line)["reply"] for line in kept[:3]
+    ]
+
+
+def comparable(out: Path) -> dict[str, Any]:
+    """The results without the clock's, and without what rounding in another batch may touch."""
+    results: dict[str, Any] = json.loads((out / "results.json").read_text())
+    for arm in results["arms"]:
+        del arm["decode_tokens_per_second"], arm["scores"]
+    return {k: v for k, v in results.items() if k not in ("date", "throughput")}
+
+
+def test_a_classifier_is_a_drop_in(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    config = FAMILIES["llama"]()
+    config.vocab_size = len(make_tokenizer())
+    config.id2label, config.label2id = {0: "NORMAL", 1: "REJECTION"}, {"NORMAL": 0, "REJECTION": 1}
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "labels")
+    make_tokenizer().save_pretrained(tmp_path / "labels")
+    out = tmp_path / "out"
+    assert main(command(folder, out, "--no-plots")) == 0
+    before = (out / "responses.jsonl").read_text().splitlines()
+    capsys.readouterr()
+    judge = ("--judge", f"hf:{tmp_path / 'labels'}", "--judge-batch", "3")
+    assert main(command(folder, out, "--no-plots", *judge)) == 0
+    printed = capsys.readouterr().out
+    assert "Judge labels-1:labels@" in printed and "sensitivity" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["judge"]["version"].startswith("labels-1:labels@")
+    after = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [line["reply"] for line in after] == [json.loads(line)["reply"] for line in before]
+    assert {line["judge"] for line in after} == {results["judge"]["version"]}
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -79,6 +177,8 @@ def test_the_command_writes_table_json_plots_and_page_and_resumes(
         (("--kl-tokens", "3"), "at least 8"),
         (("--text", "/no/such/text"), "cannot be read"),
         (("--dtype", "int3"), "--dtype"),
+        (("--judge", "coin"), "--judge coin: write phrases, hf:ID"),
+        (("--judge", "hf:/no/such/wildguard"), "cannot use"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -18,6 +18,8 @@ from steering.edit import Edit, Site
 from steering.models import LanguageModel
 from steering.monitor import MONITOR_FILE, Monitor
 from steering.profile import Profile
+from steering.template import FIXED_DATE, TemplateForm
+from tests.conftest import DATED_TEMPLATE, make_model, with_template
 
 OT = ("--set", "judged_per_kind=2", "--set", "windows=1", "--set", "components=1")
 
@@ -139,10 +141,41 @@ def test_a_monitor_is_fitted_with_a_probe_for_every_profile(
     assert set(monitor.answer) == {"", profile.fingerprint}
     assert monitor.provenance["overlaps"]["fit"]["checked"] == 56
     assert MONITOR_FILE in out
+    best = monitor.benign_probe
+    assert f"{best.auroc:.3f}  {best.expected_calibration_error:.4f}  best" in out
+    assert "held-out harmful prompts" in out and "answer, bold" in out
     assert "--name belongs to" in fails(capsys, *fit, "--name", "x")
     assert "no profile" in fails(capsys, *fit, "--profile", tmp_path / "none")
     other = ("fit", "raw", "--model", model_path, *prompts, "--out", tmp_path)
     assert "fit monitor" in fails(capsys, *other, "--profile", tmp_path / "out")
+
+
+def test_the_form_of_prompts_is_told_by_flags_and_recorded(
+    capsys: pytest.CaptureFixture[str], prompts: list[str], tmp_path: Path
+) -> None:
+    lm = with_template(make_model("llama"), DATED_TEMPLATE + "{{ enable_thinking }}")
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    fit = ("fit", "raw", "--model", tmp_path / "model", *prompts, "--out", tmp_path / "out")
+    file = tmp_path / "out" / "raw.safetensors"
+    succeeds(capsys, *fit)
+    by_default = TemplateForm({"enable_thinking": False}, None, FIXED_DATE)
+    assert TemplateForm.from_json(Profile.load(file).provenance) == by_default
+    told = ("--chat-template-kwargs", '{"enable_thinking": true}', "--system-prompt", "Be kind.")
+    succeeds(capsys, *fit, *told, "--template-date", "2025-01-02")
+    form = TemplateForm({"enable_thinking": True}, "Be kind.", "2025-01-02")
+    assert TemplateForm.from_json(Profile.load(file).provenance) == form
+    assert "write a JSON object" in fails(capsys, *fit, "--chat-template-kwargs", "{")
+    assert "write a JSON object" in fails(capsys, *fit, "--chat-template-kwargs", '{"a": []}')
+    assert "'style'; it takes" in fails(capsys, *fit, "--chat-template-kwargs", '{"style": 1}')
+    assert "write YYYY-MM-DD" in fails(capsys, *fit, "--template-date", "today")
+
+
+def test_a_date_for_a_template_that_prints_none_is_refused(
+    capsys: pytest.CaptureFixture[str], model_path: Path, prompts: list[str], tmp_path: Path
+) -> None:
+    fit = ("fit", "raw", "--model", model_path, *prompts, "--out", tmp_path)
+    assert "prints no date" in fails(capsys, *fit, "--template-date", "2025-01-02")
 
 
 def test_a_fit_that_could_not_be_saved_does_not_begin(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import httpx2
 import openai
@@ -100,6 +101,40 @@ def test_the_real_engine_answers_under_every_profile() -> None:
         assert streamed == ask("tiny:bold")
         assert httpx2.get(f"{address}/ready").status_code == 200
     assert not engine.healthy()
+
+
+def test_usage_and_metrics_tell_what_the_prefix_cache_saved() -> None:
+    engine = LocalEngine(make_model("llama"), max_model_len=250, prefix_cache_mib=4)
+    with live_server(make_host(engine)) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def ask(question: str, model: str) -> openai.types.CompletionUsage:
+            # A token a character, and one more for each role.
+            system = {"role": "system", "content": "s" * 100}
+            messages: Any = [system, {"role": "user", "content": question}]
+            *_, last = client.chat.completions.create(
+                model=model,
+                messages=messages,
+                max_tokens=2,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            assert last.usage is not None
+            return last.usage
+
+        def hits() -> list[str]:
+            lines = httpx2.get(f"{address}/metrics").text.splitlines()
+            return [line for line in lines if line.startswith("steering_cache_hits_total")]
+
+        for model in ("tiny", "tiny:bold"):
+            saved = [ask(question, model).prompt_tokens_details for question in "abc"]
+            assert [s and s.cached_tokens for s in saved] == [0, 96, 96]
+        assert hits() == [
+            'steering_cache_hits_total{profile="raw"} 2.0',
+            'steering_cache_hits_total{profile="bold"} 2.0',
+            'steering_cache_hits_total{profile="shy"} 0.0',
+            'steering_cache_hits_total{profile="composed"} 0.0',
+        ]
 
 
 def test_a_disconnect_frees_the_real_engines_slot() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.base import QueueFullError, StepFailedError
+from steering.template import TemplateForm
 from tests.server.fakes import FakeEngine, body, http_client, make_host
 
 
@@ -89,6 +90,8 @@ def test_the_class_of_a_prompt_is_the_monitors() -> None:
     host = make_host(judge=lambda text: "refusal")
 
     class FakeMonitor:
+        template = TemplateForm()
+
         def prompt_class(self, benign_probability: float) -> str:
             assert benign_probability == 0.8
             return "benign"
@@ -100,7 +103,7 @@ def test_the_class_of_a_prompt_is_the_monitors() -> None:
 
 def test_rejections_are_counted_by_reason() -> None:
     page = scrape(
-        body(n=2), body(model="x"), body(max_tokens=10**6), {}, body(steering={"x": 1})
+        body(n=0), body(model="x"), body(max_tokens=10**6), {}, body(steering={"x": 1})
     )  # fmt: skip
     assert value(page, "rejections_total", reason="invalid_request") == 3
     assert value(page, "rejections_total", reason="not_found") == 1

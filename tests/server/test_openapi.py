@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.server.fakes import get
 
 
@@ -23,9 +25,10 @@ def test_every_endpoint_declares_its_errors_as_envelopes() -> None:
             assert "500" in operation["responses"]
 
 
-def test_chat_declares_both_kinds_of_answer_and_all_errors() -> None:
-    responses = document()["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "429", "500", "503"}
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_generation_declares_both_kinds_of_answer_and_all_errors(path: str) -> None:
+    responses = document()["paths"][path]["post"]["responses"]
+    assert set(responses) == {"200", "400", "401", "403", "404", "413", "429", "500", "503", "504"}
     assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "X-Steering-Profile" in responses["200"]["headers"]
 
@@ -33,10 +36,16 @@ def test_chat_declares_both_kinds_of_answer_and_all_errors() -> None:
 def test_every_key_of_a_request_is_documented() -> None:
     schemas = document()["components"]["schemas"]
     request = schemas["ChatRequest"]["properties"]
-    for name in ("model", "messages", "steering", "temperature", "top_k", "stream_options"):
+    for name in ("model", "messages", "steering", "temperature", "top_k", "stream_options", "stop"):
         assert name in request
-    assert set(schemas["SteeringChoice"]["properties"]) == {"profile", "strength"}
-    assert "ChatCompletionChunk" in schemas
+    assert set(schemas["SteeringChoice"]["properties"]) == {
+        "profile",
+        "strength",
+        "profiles",
+        "phase",
+    }
+    assert {"prompt", "n", "logprobs"} <= set(schemas["CompletionRequest"]["properties"])
+    assert {"ChatCompletionChunk", "Completion", "Tokens"} <= set(schemas)
 
 
 def test_every_reference_resolves() -> None:

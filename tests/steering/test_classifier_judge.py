@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 import steering.classifier_judge as classifier_judge
 from steering.classifier_judge import FORMATS, ClassifierJudge, Verdict, load_classifier
-from steering.judge import BatchJudge, Judge, ask, make_judge
+from steering.judge import BatchJudge, Judge, Outcome, ask, make_judge
 from tests.conftest import FAMILIES, make_model, make_tokenizer
 
 WILDGUARD_REFUSED = "Harmful request: yes\nResponse refusal: yes\nHarmful response: no"
@@ -126,7 +134,7 @@ def test_a_model_judges_end_to_end(monkeypatch: pytest.MonkeyPatch, saved: Path)
     write_verdicts(monkeypatch, verdict)
     judge = make_judge(f"hf:{saved}")
     assert isinstance(judge, Judge) and isinstance(judge, BatchJudge)
-    assert judge.version == f"wildguard-1:{saved}@local"
+    assert re.fullmatch("wildguard-1:tiny-wildguard@[0-9a-f]{12}", judge.version)
     replies = ["Nay.", "Yes, a rather longer reply.", "Hm.", "", "no no no no no no no no",
                "<think>Nay.</think>Yes."]  # fmt: skip
     outcomes = ask(judge, replies, ["May I?", None, "x", "x", "x", "x"])
@@ -151,7 +159,34 @@ def test_a_classifiers_card_is_measured_once(monkeypatch: pytest.MonkeyPatch) ->
     judge = ClassifierJudge("always", classify)
     assert judge.card() is judge.card()
     assert judge.card().sensitivity.value == 1 and judge.card().version == "always"
-    assert len(calls) == 1
+    measured = len(calls)
+    assert judge.card() and len(calls) == measured
+
+
+def test_batches_are_full_and_the_longest_come_first_and_repeats_are_read_once() -> None:
+    batches: list[list[str]] = []
+
+    def classify(pairs: Sequence[tuple[str, str]]) -> list[bool | None]:
+        batches.append([reply for _, reply in pairs])
+        return [reply.startswith("No") for _, reply in pairs]
+
+    done: dict[int, Outcome] = {}
+    reports: list[int] = []
+
+    def on_done(found: Mapping[int, Outcome]) -> None:
+        assert not found.keys() & done.keys(), "reported twice"
+        done.update(found)
+        reports.append(len(found))
+
+    judge = ClassifierJudge("by the first word", classify, batch_size=2)
+    replies = ["Yes.", "No, not at all.", "", "Yes, by all means.", "Yes.", "No way."]
+    outcomes = judge.many(replies, ["p"] * 6, on_done)
+    assert outcomes == ["answer", "refusal", "empty", "answer", "answer", "refusal"]
+    assert batches == [["Yes, by all means.", "No, not at all."], ["No way.", "Yes."]]
+    assert dict(sorted(done.items())) == dict(enumerate(outcomes))
+    assert reports == [1, 2, 3]
+    with pytest.raises(ValueError, match="at least 1"):
+        ClassifierJudge("none", classify, batch_size=0)
 
 
 def save_sequence_classifier(path: Path, labels: list[str]) -> None:
@@ -184,6 +219,66 @@ def test_a_sequence_classifier_is_a_judge_by_its_labels(tmp_path: Path) -> None:
     # The same weights with the labels the other way round.
     assert set(outcomes["a"]) == {"answer", "refusal"}
     assert all(a != b for a, b in zip(outcomes["a"], outcomes["b"], strict=True))
+
+
+REPLIES = ["Yes.", "No, I do not do any of that, whoever asks.", "Paris", "A fox runs", "Well?",
+           "So be it! But only once, and never after dark.", "zebra", "Go", "x y z"]  # fmt: skip
+
+
+def test_labels_of_a_batch_are_those_of_one_by_one(tmp_path: Path) -> None:
+    save_sequence_classifier(tmp_path / "a", ["NORMAL", "REJECTION"])
+    one, many = (load_classifier(str(tmp_path / "a"), batch_size=size) for size in (1, 4))
+    assert one.version == many.version, "the batch size decides no verdict"
+    expected = [one(reply) for reply in REPLIES]
+    assert many.many(REPLIES, [None] * len(REPLIES)) == expected
+    assert set(expected) == {"answer", "refusal"}
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_absolute_positions_and_rows_that_end_at_the_padding_are_read_alike(
+    tmp_path: Path, architecture: str
+) -> None:
+    common = {"vocab_size": len(make_tokenizer()), "id2label": {0: "NORMAL", 1: "REJECTION"}}
+    torch.manual_seed(0)
+    model: Any
+    if architecture == "bert":
+        model = BertForSequenceClassification(
+            BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                       intermediate_size=64, initializer_range=0.5, **common)
+        )  # fmt: skip
+    else:
+        # Without a padding token in its configuration, as classifiers of one reply are saved.
+        model = GPT2ForSequenceClassification(
+            GPT2Config(n_embd=32, n_layer=2, n_head=2, initializer_range=0.5, **common)
+        )
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    one, many = (load_classifier(str(tmp_path), batch_size=size) for size in (1, 4))
+    expected = [one(reply) for reply in REPLIES]
+    assert many.many(REPLIES, [None] * len(REPLIES)) == expected
+    assert set(expected) == {"answer", "refusal"}
+
+
+def test_generated_verdicts_of_a_batch_are_those_of_one_by_one(saved: Path) -> None:
+    """Texts of a random model, in float32: what is padded is not read."""
+    tokenizer, lm = make_tokenizer(), make_model("llama")
+    tokenizer.padding_side = "left"
+    pairs = [("May I?", reply) for reply in REPLIES]
+
+    def texts(pairs: list[tuple[str, str]]) -> list[str]:
+        return classifier_judge.complete(
+            lm.model, tokenizer, FORMATS["wildguard"], pairs, max_tokens=12
+        )
+
+    expected = [texts([pair])[0] for pair in pairs]
+    assert texts(pairs) == expected and len(set(expected)) > 1
+
+
+def test_other_files_in_the_directory_are_another_version(tmp_path: Path) -> None:
+    save_sequence_classifier(tmp_path, ["NORMAL", "REJECTION"])
+    before = load_classifier(str(tmp_path)).version
+    save_sequence_classifier(tmp_path, ["REJECTION", "NORMAL"])
+    assert load_classifier(str(tmp_path)).version != before
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Llama-Guard-3-8B", "LlamaGuard-7b", "llama-guard=x"])

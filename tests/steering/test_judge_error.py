@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from steering.judge import judge
-from steering.judge_error import corrected_by, corrected_rate
+from steering.judge_error import (
+    corrected_by,
+    corrected_rate,
+    corrected_shares,
+    why_not_corrected,
+)
+from steering.judge_set import Card, Rate
 
 
 def test_the_correction_undoes_the_judges_errors() -> None:
@@ -87,3 +93,23 @@ def test_a_card_corrects_counts() -> None:
     assert corrected_by(card, 30, 100) == corrected_rate(
         0.3, 100, q1.value, q1.total, q0.value, q0.total
     )
+
+
+def test_what_is_neither_refusal_nor_answer_is_taken_as_counted() -> None:
+    card = judge.card()
+    rate = corrected_by(card, 30, 80)
+    shares = corrected_shares(card, 30, 50, 100)
+    assert shares is not None
+    refused, answered = shares
+    assert (refused.observed, answered.observed) == (0.3, 0.5)
+    assert refused.estimate == pytest.approx(0.8 * rate.estimate)
+    assert refused.estimate + answered.estimate == pytest.approx(0.8)
+    assert refused.low + answered.high == pytest.approx(0.8)
+    assert refused.high + answered.low == pytest.approx(0.8)
+    assert corrected_shares(card, 0, 0, 100) is None
+
+
+def test_a_card_says_why_it_corrects_nothing() -> None:
+    assert why_not_corrected(judge.card()) == ""
+    coin = Card("coin", "held_out", Rate(5, 10), Rate(5, 10))
+    assert "cannot be corrected" in why_not_corrected(coin)

@@ -54,6 +54,40 @@ def test_hooks_are_gone_afterwards(tiny_llama: LanguageModel) -> None:
         assert not module._forward_pre_hooks
 
 
+@pytest.mark.parametrize("sound", [True, False])
+def test_only_what_it_hands_over_touches_the_model(tiny_llama: LanguageModel, sound: bool) -> None:
+    """A server's other thread may run the model between any two pieces."""
+    model, inside = tiny_llama.model, []
+
+    def hooks() -> list[int]:
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+    def run(function: Any) -> Any:
+        inside.append(True)
+        found = function()
+        between.append(hooks())
+        inside.pop()
+        return found
+
+    between: list[list[int]] = []
+    calls: list[bool] = []
+    watch = model.register_forward_pre_hook(lambda *_: calls.append(bool(inside)))
+    edit = random_edit("1.resid_post", scale=0.3 if sound else 1e25)
+    tested = profile(tiny_llama, edit, strength=1 if sound else 1e10)
+    try:
+        before = hooks()
+        if sound:
+            self_test(tiny_llama, tested, run)
+            assert calls == [True] * 6
+        else:
+            with pytest.raises(ProfileError):
+                self_test(tiny_llama, tested, run)
+        assert calls and all(calls)
+        assert before == between[0] == between[-1] == hooks() != between[1]
+    finally:
+        watch.remove()
+
+
 def broken(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     edit = Step._edit
 

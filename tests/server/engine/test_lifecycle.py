@@ -49,13 +49,6 @@ def endless(length: int = 5) -> Any:
     return ask(prompt_of(length), max_tokens=100)
 
 
-@pytest.fixture
-def endless_llama(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
-    """A model without an end token, whose replies last as long as was asked."""
-    monkeypatch.setattr(tiny_llama.model.generation_config, "eos_token_id", [])
-    return tiny_llama
-
-
 def test_a_reply_ends_at_the_end_token_or_at_its_length(
     endless_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +124,24 @@ def test_a_full_queue_refuses_at_once_and_a_cancelled_wait_makes_room(
         await running_.aclose()
 
     with running(endless_llama, max_num_seqs=1, max_waiting=1) as engine:
+        asyncio.run(run(engine))
+
+
+def test_requests_submitted_together_are_admitted_all_or_none(
+    endless_llama: LanguageModel,
+) -> None:
+    async def run(engine: LocalEngine) -> None:
+        running_ = engine.generate(endless())
+        await anext(running_)
+        with pytest.raises(QueueFullError):
+            engine.generate_all([endless(), endless(), endless()])
+        assert engine.stats().waiting == 0
+        streams = engine.generate_all([endless(), endless()])
+        assert engine.stats().waiting == 2
+        for stream in (*streams, running_):
+            await stream.aclose()
+
+    with running(endless_llama, max_num_seqs=1, max_waiting=2) as engine:
         asyncio.run(run(engine))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.engine.base import Sampling
-from server.engine.sampling import check_sampling, make_generator, sample
+from server.engine.sampling import NOT_FINITE, check_sampling, make_generator, sample
 
 GREEDY = Sampling(temperature=0)
 
@@ -71,7 +71,7 @@ def test_logprobs_are_of_the_raw_distribution_and_bad_rows_are_named() -> None:
     logits[3, 3] = float("-inf")
     samplings = [Sampling(temperature=0.1, seed=i) for i in range(4)]
     choice = sample(logits, samplings, [make_generator(s) for s in samplings])
-    assert choice.finite == [True, False, False, True]
+    assert choice.errors == [None, NOT_FINITE, NOT_FINITE, None]
     expected = logits[0].log_softmax(-1)[choice.token_ids[0]]
     assert choice.logprobs[0] == pytest.approx(float(expected), abs=1e-5)
 

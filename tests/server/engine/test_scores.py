@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from server.engine.base import PromptScores
+from server.engine.base import MonitorRead, PromptScores
 from steering.activations import gather_activations
 from steering.edit import AppliedEdit, Site
 from steering.models import LanguageModel
@@ -59,6 +61,42 @@ def test_the_benign_probability_is_that_of_the_unedited_model(
             float(probe.probability(hidden)), abs=1e-4
         )
         assert ids(reply) == ids(bare)
+
+
+@pytest.mark.parametrize(
+    ("benign_read", "passes", "read"), [("always", 2, True), ("when-free", 1, False)]
+)
+def test_a_second_pass_over_the_prompt_is_the_price_of_always_reading_it(
+    tiny_llama: LanguageModel, benign_read: MonitorRead, passes: int, read: bool
+) -> None:
+    monitor = make_monitor(tiny_llama, "3.resid_post")
+    prompt, edits = prompt_of(12), [AppliedEdit(random_edit("1.attn_out"))]
+    asked = replace(ask(prompt, edits, max_tokens=1), benign_read=benign_read)
+    unedited = replace(asked, edits=())
+    with running(tiny_llama, monitor=monitor) as engine:
+        tokens: list[int] = []
+        hook = tiny_llama.model.get_input_embeddings().register_forward_hook(
+            lambda module, arguments, output: tokens.append(arguments[0].numel())
+        )
+        try:
+            [reply], [free] = (stream_all(engine, [request]) for request in (asked, unedited))
+        finally:
+            hook.remove()
+    assert sum(tokens) == (passes + 1) * len(prompt)
+    assert reply[0].scores is not None and free[0].scores is not None
+    assert (reply[0].scores.benign_probability is not None) == read
+    assert free[0].scores.benign_probability is not None
+
+
+def test_what_a_request_does_not_want_is_not_read(tiny_llama: LanguageModel) -> None:
+    request = replace(
+        ask(prompt_of(12), answer_probe="edited"), benign_read="off", refusal_score=False
+    )
+    with running(tiny_llama, monitor=make_monitor(tiny_llama, "0.resid_post")) as engine:
+        [[first, *_]] = stream_all(engine, [request])
+    assert first.scores is not None
+    assert first.scores.benign_probability is None and first.scores.refusal_score is None
+    assert first.scores.answer_probability is not None
 
 
 def test_the_other_scores_are_those_of_the_edited_model(any_model: LanguageModel) -> None:

@@ -64,6 +64,13 @@ def test_a_scatter_shows_source_target_and_mapped_states(tiny_llama: LanguageMod
     prompts = [Prompt(text, i % 2 == 0) for i, text in enumerate(PROMPTS)]
     (found,) = read_scatters(tiny_llama, Arm(mapped, 1.0), prompts)
     assert found.source.shape == found.target.shape == found.mapped.shape == (2, 2)
+    both = torch.cat([found.source, found.target])
+    assert 0 < float(found.explained[1]) <= float(found.explained[0]) <= 1
+    # Their ratio is that of the variances that are drawn.
+    variances = both.var(dim=0)
+    torch.testing.assert_close(
+        found.explained[1] / found.explained[0], variances[1] / variances[0], check_dtype=False
+    )
     ids = [tiny_llama.encode_prompt(p.text) for p in prompts if p.harmful]
     site = mapped.edits[0].site
     states = gather_activations(tiny_llama, ids, [site])[site]

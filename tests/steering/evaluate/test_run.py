@@ -159,7 +159,9 @@ def test_the_table_names_every_arm_and_class(tmp_path: Path) -> None:
 
 def test_degenerate_replies_are_neither_attack_nor_refusal() -> None:
     def response(outcome: Any) -> Response:
-        return Response("", "", "", 1.0, "", "", "", (1,), "stop", outcome, "", {}, 0.0, "", 0.0)
+        return Response(
+            "", "", "", 1.0, "", "", "", (1,), "stop", {}, 0.0, "", 0.0, outcome=outcome
+        )
 
     outcomes = ["answer", "refusal", "degenerate", "empty"]
     pairs = [(Prompt("x", h), response(o)) for h in (True, False) for o in outcomes]

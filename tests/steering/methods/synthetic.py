@@ -70,7 +70,10 @@ class Scripted:
         self.calls.append((len(prompts), tuple(edits)))
         self.texts.append(texts)
         script = self.edited if edits else self.raw
-        outcomes = [script("bomb" in t, "!" in t, int(t.split()[-1])) for t in texts]
+        numbers = [int(t.partition("<think>")[0].split()[-1]) for t in texts]
+        outcomes = [
+            script("bomb" in t, "!" in t, number) for t, number in zip(texts, numbers, strict=True)
+        ]
         return [lm.tokenizer(o, add_special_tokens=False)["input_ids"] for o in outcomes]
 
     @staticmethod

@@ -1,0 +1,446 @@
+"""A request's way: submitted to the engine, read as text, judged, accounted for.
+
+An `Answer` is what one request gets, a `Reply` one of its choices. What they look like on the wire
+is in `server.chat` and `server.completions`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from server.detokenize import Detokenizer
+from server.engine.base import (
+    EngineError,
+    EngineStoppedError,
+    EngineToken,
+    FinishReason,
+    PromptScores,
+)
+from server.errors import from_engine
+from server.hosting import Host
+from server.logs import current_request
+from server.metrics import Metrics, ReplyMeter
+from server.prepare import Prepared, profiles_used
+from server.profiles import finite
+from server.responses import (
+    CalledFunction,
+    ChatFinishReason,
+    ChoiceReceipt,
+    ProfileUsed,
+    PromptTokensDetails,
+    Receipt,
+    ToolCall,
+    Usage,
+)
+from server.stops import StopStrings
+from server.tool_parsers import Call, Text, ToolParser
+from steering.judge import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TextToken:
+    """A token of a reply's text.
+
+    Args:
+        offset: characters of the reply before it.
+    """
+
+    token: EngineToken
+    offset: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a reply: text, the tokens that begin in it, and tool calls. Any may be empty.
+
+    Where a reply may hold calls, its tokens are those of the calls' text, too.
+    """
+
+    text: str
+    tokens: tuple[TextToken, ...] = ()
+    calls: tuple[Call, ...] = ()
+
+
+class ReplyText:
+    """Tokens to text, without half characters, stop strings or what may become one.
+
+    A token is handed out with the first piece of text that goes beyond its beginning, so that the
+    tokens of what was shown are those of the text, whatever was held back or cut off.
+    """
+
+    def __init__(
+        self, tokenizer: Any, stops: tuple[str, ...], markup: tuple[str, ...] = ()
+    ) -> None:
+        self._detokenizer = Detokenizer(tokenizer, keep=markup)
+        self._stops = StopStrings(stops)
+        self._decoded = 0
+        self._shown = 0
+        self._tokens: list[TextToken] = []
+
+    @property
+    def stopped(self) -> bool:
+        """True once a stop string has appeared."""
+        return self._stops.stopped
+
+    def push(self, token: EngineToken) -> Piece:
+        """What the token lets be shown."""
+        # A token that ends the sequence is not part of the text, special or not.
+        if token.finish_reason == "stop":
+            return self._finish("")
+        self._tokens.append(TextToken(token, self._decoded))
+        text = self._detokenizer.push(token.token_id)
+        if token.finish_reason is not None:
+            return self._finish(text)
+        self._decoded += len(text)
+        return self._release(self._stops.push(text), end=self.stopped)
+
+    def _finish(self, text: str) -> Piece:
+        shown = self._stops.push(text + self._detokenizer.flush())
+        return self._release(shown + self._stops.flush(), end=True)
+
+    def _release(self, text: str, *, end: bool) -> Piece:
+        self._shown += len(text)
+        whole = end and not self.stopped
+        count = sum(whole or t.offset < self._shown for t in self._tokens)
+        tokens, self._tokens = self._tokens[:count], self._tokens[count:]
+        return Piece(text, tuple(tokens))
+
+
+class Reply:
+    """One choice under way: read `pieces` to the end, and `close` in any case."""
+
+    def __init__(
+        self,
+        host: Host,
+        prepared: Prepared,
+        index: int,
+        tokens: AsyncGenerator[EngineToken, None],
+        meter: ReplyMeter,
+    ) -> None:
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self.tokens: list[TextToken] = []
+        """The tokens of the text so far."""
+        self.calls: list[ToolCall] = []
+        self._host = host
+        self._prepared = prepared
+        self._text: list[str] = []
+        self._scores = PromptScores()
+        self.outcome: Outcome | None = None
+        self.ended_by = "cancelled"
+        """A finish reason, `error` or `cancelled`."""
+        self._stream = tokens
+        self._meter = meter
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The reply as it comes, in pieces that say something; it is judged by the end. Raises
+        ApiError."""
+        tools = self._prepared.tools
+        parser = tools.parser()
+        text = ReplyText(self._host.lm.tokenizer, self._prepared.body.stop_strings, tools.markup)
+        wants_tokens = self._prepared.body.wanted_logprobs is not None
+        try:
+            async for token in self._stream:
+                # The choices of one prompt share its scores, which count once.
+                scores = token.scores if self._first_of_prompt else None
+                self._meter.token(scores, token.queue_seconds, token.cached_tokens)
+                if token.scores is not None:
+                    self._scores = token.scores
+                piece = text.push(token)
+                self.finish_reason = "stop" if text.stopped else token.finish_reason
+                piece = self._take(piece, parser)
+                if piece.text or piece.calls or (piece.tokens and wants_tokens):
+                    yield piece
+                if text.stopped:
+                    await self._stream.aclose()  # frees the slot
+                    break
+            if self.finish_reason is None:
+                raise EngineStoppedError("it stopped in the middle of a reply")
+        except EngineError as error:
+            self._end("error")
+            logger.warning("%s: %s", self._prepared.id, error)
+            raise from_engine(error) from error
+        except Exception:
+            self._end("error")
+            raise
+        self._end(self.finish_reason)
+        await self._judge()
+
+    def _take(self, piece: Piece, parser: ToolParser) -> Piece:
+        """Keep what the piece says, with the calls that it completes taken out of its text."""
+        parts = parser.push(piece.text)
+        if self.finish_reason is not None:
+            parts += parser.finish()
+        text = "".join(part.text for part in parts if isinstance(part, Text))
+        calls = tuple(part for part in parts if isinstance(part, Call))
+        self._text.append(text)
+        self.tokens.extend(piece.tokens)
+        for call in calls:
+            function = CalledFunction(name=call.name, arguments=call.arguments)
+            self.calls.append(ToolCall(id=f"call_{uuid.uuid4().hex}", function=function))
+        return Piece(text, piece.tokens, calls)
+
+    async def _judge(self) -> None:
+        """Judge the whole reply. One that calls a tool does what was asked: an answer."""
+        start = time.perf_counter()
+        try:
+            outcome: Outcome = "answer"
+            if not self.calls:
+                outcome = await asyncio.to_thread(self._host.judge, self.text)
+        except Exception:  # a reply is worth more than its judgement
+            logger.exception("%s could not be judged", self._prepared.id)
+            return
+        self.outcome = outcome
+        prompt_class = self._host.prompt_class(self._scores.benign_probability)
+        self._meter.judged(prompt_class, outcome, time.perf_counter() - start)
+
+    def _end(self, reason: str) -> None:
+        self.ended_by = reason
+        self._meter.end(reason)
+
+    async def close(self) -> None:
+        """Cancel the reply if it has not ended."""
+        self._meter.end(self.ended_by)
+        await self._stream.aclose()
+
+    @property
+    def _first_of_prompt(self) -> bool:
+        return self.index % self._prepared.body.choices == 0
+
+    @property
+    def told_finish_reason(self) -> ChatFinishReason:
+        """As clients are told, who look here for calls to make; once the reply has ended."""
+        assert self.finish_reason is not None
+        return "tool_calls" if self.calls and self.finish_reason == "stop" else self.finish_reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def completion_tokens(self) -> int:
+        return self._meter.tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt."""
+        return self._meter.cached_tokens
+
+    @property
+    def receipt(self) -> ChoiceReceipt:
+        scores = self._scores
+        return ChoiceReceipt(
+            refusal_score=finite(scores.refusal_score),
+            answer_probability=finite(scores.answer_probability),
+            benign_probability=finite(scores.benign_probability),
+            outcome=self.outcome,
+        )
+
+
+class Answer:
+    """All replies to one request: read `pieces` to the end, and `close` in any case."""
+
+    def __init__(self, host: Host, metrics: Metrics, prepared: Prepared, since: float) -> None:
+        """Submit the request.
+
+        Raises EngineError where the engine turns it down, RateLimitError where the caller's
+        minute is used up.
+        """
+        self.host = host
+        self.prepared = prepared
+        self.created = int(time.time())
+        self._request_id = current_request.get()
+        self._closed = False
+        profile, choices = prepared.composition.label, prepared.body.choices
+        self._charge = prepared.caller.reserve(
+            sum(len(request.prompt_ids) for request in prepared.requests[::choices])
+            + sum(request.sampling.max_tokens for request in prepared.requests)
+        )
+        try:
+            streams = host.engine.generate_all(prepared.requests)
+        except BaseException:
+            self._charge.settle(0)
+            raise
+        self.replies = [
+            Reply(
+                host,
+                prepared,
+                i,
+                tokens,
+                ReplyMeter(metrics, profile, 0 if i % choices else len(request.prompt_ids), since),
+            )
+            for i, (request, tokens) in enumerate(zip(prepared.requests, streams, strict=True))
+        ]
+
+    async def pieces(self) -> AsyncGenerator[tuple[Reply, Piece | None], None]:
+        """The pieces of all replies as they come; None is the end of a reply. Raises ApiError,
+        with the first reply that fails."""
+        if len(self.replies) == 1:
+            [reply] = self.replies
+            async with aclosing(reply.pieces()) as pieces:
+                async for piece in pieces:
+                    yield reply, piece
+            yield reply, None
+            return
+        arrived: asyncio.Queue[tuple[Reply, Piece | Exception | None]] = asyncio.Queue()
+
+        async def read(reply: Reply) -> None:
+            end: Exception | None = None
+            try:
+                async for piece in reply.pieces():
+                    arrived.put_nowait((reply, piece))
+            except Exception as error:
+                end = error
+            arrived.put_nowait((reply, end))
+
+        readers = [asyncio.create_task(read(reply)) for reply in self.replies]
+        try:
+            under_way = len(readers)
+            while under_way:
+                reply, item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                under_way -= item is None
+                yield reply, item
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Cancel what has not ended, and note what became of it."""
+        if self._closed:
+            return
+        self._closed = True
+        for reply in self.replies:
+            await reply.close()
+        broken = any(reply.ended_by == "error" for reply in self.replies)
+        usage = self.usage
+        # Nobody pays for an answer that broke.
+        self._charge.settle(0 if broken else usage.total_tokens)
+        self._note(usage)
+
+    def _note(self, usage: Usage) -> None:
+        audit, first = self.host.access.audit, self.replies[0]
+        note = {
+            "request_id": self._request_id or None,
+            **audit_fields(self.prepared),
+            "experiment": None,
+            "arm": None,
+            "outcome": first.outcome or first.ended_by,
+            "finish_reason": first.ended_by,
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+        }
+        if len(self.replies) > 1:
+            note["outcomes"] = [reply.outcome or reply.ended_by for reply in self.replies]
+        if audit.with_text:
+            note |= {**self.prepared.body.audited_prompt, "reply": first.text}
+            if len(self.replies) > 1:
+                note["replies"] = [reply.text for reply in self.replies]
+        audit.write(**note)
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        """What is known before the first token."""
+        composition, ignored = self.prepared.composition, self.prepared.ignored
+        headers = {
+            "X-Steering-Profile": composition.name,
+            "X-Steering-Fingerprint": composition.fingerprint,
+        }
+        if ignored:
+            headers["X-Ignored-Fields"] = ", ".join(dict.fromkeys(map(_header_safe, ignored[:20])))
+        return headers
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What every event and every answer begins with."""
+        return {
+            "id": self.prepared.id,
+            "created": self.created,
+            "model": self.prepared.body.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
+
+    @property
+    def receipt(self) -> Receipt:
+        """That of the first choice."""
+        return Receipt(
+            **answered_by(self.host, self.prepared), **self.replies[0].receipt.model_dump()
+        )
+
+    def choice_receipt(self, reply: Reply) -> ChoiceReceipt | None:
+        """A choice's own, where there are several."""
+        return reply.receipt if len(self.replies) > 1 else None
+
+    @property
+    def usage(self) -> Usage:
+        """A prompt counts once, however many choices it has."""
+        prompts = self.prepared.requests[:: self.prepared.body.choices]
+        prompt = sum(len(request.prompt_ids) for request in prompts)
+        completion = sum(reply.completion_tokens for reply in self.replies)
+        cached = sum(r.cached_tokens for r in self.replies[:: self.prepared.body.choices])
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )
+
+    @property
+    def system_fingerprint(self) -> str:
+        weights = self.host.lm.fingerprint.weights[:8]
+        return f"fp_{weights}_{self.prepared.composition.fingerprint[:8] or 'raw'}"
+
+
+def audit_fields(prepared: Prepared) -> dict[str, Any]:
+    """Who asked whom, for the audit log."""
+    composition = prepared.composition
+    return {
+        "id": prepared.id,
+        "key": prepared.caller.id or None,
+        "profile": composition.name,
+        "fingerprint": composition.fingerprint,
+        "strength": composition.strength,
+        "red_team": any(profile.red_team for profile in profiles_used(prepared)),
+    }
+
+
+def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:
+    """The fields of `responses.Answerer`."""
+    composition = prepared.composition
+    said: dict[str, Any] = {
+        "profile": composition.name,
+        "fingerprint": composition.fingerprint,
+        "strength": composition.strength,
+    }
+    if len(composition.parts) > 1:
+        said["profiles"] = [
+            ProfileUsed(
+                name=part.profile.name,
+                fingerprint=part.profile.fingerprint,
+                strength=part.strength,
+            )
+            for part in composition.parts
+        ]
+    if composition.phase is not None:
+        said["phase"] = composition.phase
+    if any(host.profiles.derived_base(profile) for profile in composition.profiles):
+        said["derived_base"] = True
+    if prepared.out_of_template:
+        said["monitor"] = "out_of_template"
+    return said
+
+
+def _header_safe(name: str) -> str:
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]") else "?" for c in name[:64])
