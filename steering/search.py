@@ -81,7 +81,10 @@ class Search:
         tried = rounds["judged"] = self._judge(name, data, left, aim, self.judged_per_kind)
         best = max(figures["score"] for figures in tried[1:])
         if best < tried[0]["score"]:
-            data.report(f"{name}: no option scores better than the unedited model")
+            data.report(
+                f"warning: {name}: no option scores better than the unedited model; what follows "
+                "is the best of them"
+            )
         close = (
             option
             for option, figures in zip(left, tried[1:], strict=True)

@@ -112,6 +112,7 @@ DEGENERATE = [
     " the the the the the the the the the the the the the the the the",
     "!!!!!!!!!!!!!!!!!!!!!!!!",
     "hahahahahahahahahahahahahahaha",
+    "IIII'mSorryI'mSorryIIII'mSorryI'mSorryI'mSorryI'mSorryI'mSorryI'mSorry",
     "\ufffd\ufffd\x00\x1a q\ufffd",
     "@@# $%^ &*( )_+ @#$ %^&",
     "xkcdq wrtpl bnmzx qwrts plkjh fghjk",
