@@ -20,5 +20,4 @@ def serve() -> Iterator[Callable[..., Server]]:
 
     yield start
     for server in servers:
-        if server.process.poll() is None:
-            server.close()
+        server.close()

@@ -7,7 +7,7 @@ import asyncio
 import os
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -60,15 +60,20 @@ def official(address: str, key: str = "none") -> openai.AsyncOpenAI:
 
 
 async def answer(
-    client: openai.AsyncOpenAI, profile: str, question: str, *, stream: bool = False
+    client: openai.AsyncOpenAI,
+    profile: str,
+    question: str,
+    *,
+    stream: bool = False,
+    served: str = "demo",
 ) -> str:
     """The greedy reply of a profile, whole, or an error."""
     asked: Any = dict(
-        model=f"demo:{profile}", messages=user(question), temperature=0, max_tokens=48
+        model=f"{served}:{profile}", messages=user(question), temperature=0, max_tokens=48
     )
     if not stream:
         reply = await client.chat.completions.create(**asked)
-        assert reply.choices[0].finish_reason == "stop"
+        assert reply.choices[0].finish_reason in ("stop", "length")
         return reply.choices[0].message.content or ""
     text, reason = "", None
     async with await client.chat.completions.create(**asked, stream=True) as chunks:
@@ -76,7 +81,7 @@ async def answer(
             for choice in chunk.choices:
                 text += choice.delta.content or ""
                 reason = choice.finish_reason or reason
-    assert reason == "stop", "the stream broke off"
+    assert reason in ("stop", "length"), "the stream broke off"
     return text
 
 
@@ -88,8 +93,11 @@ class Witnesses:
         expected: by profile and question.
     """
 
-    def __init__(self, address: str, expected: dict[tuple[str, str], str]) -> None:
+    def __init__(
+        self, address: str, expected: dict[tuple[str, str], str], served: str = "demo"
+    ) -> None:
         self.address = address
+        self.served = served
         self.expected = expected
         self.right = 0
         self.wrong: list[Any] = []
@@ -103,7 +111,9 @@ class Witnesses:
             while not self.stopping:
                 profile, question = cases[i % len(cases)]
                 try:
-                    found = await answer(client, profile, question, stream=bool(i % 2))
+                    found = await answer(
+                        client, profile, question, stream=bool(i % 2), served=self.served
+                    )
                 except openai.APIError as error:
                     self.errors[getattr(error, "code", None) or type(error).__name__] += 1
                     if isinstance(error, openai.APIConnectionError):
@@ -135,11 +145,13 @@ class Witnesses:
             await asyncio.sleep(0.02)
 
 
-async def right_answers(address: str) -> dict[tuple[str, str], str]:
+async def right_answers(
+    address: str, profiles: Sequence[str] = PROFILES, served: str = "demo"
+) -> dict[tuple[str, str], str]:
     """What the server answers when it has nothing else to do."""
     async with official(address) as client:
         return {
-            (profile, question): await answer(client, profile, question)
-            for profile in PROFILES
+            (profile, question): await answer(client, profile, question, served=served)
+            for profile in profiles
             for question in QUESTIONS
         }
