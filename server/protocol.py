@@ -323,7 +323,7 @@ class GenerationRequest(Body):
     @classmethod
     def _keys_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for key in value or ():
-            if not re.fullmatch("[0-9]{1,9}", key):
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", key):  # one way to write each
                 raise ValueError(
                     f"'logit_bias' must have token ids for keys (got {json.dumps(key[:40])})"
                 )

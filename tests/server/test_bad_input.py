@@ -90,6 +90,7 @@ USER = {"role": "user", "content": "Hi"}
         ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
         ({"repetition_penalty": 0}, "repetition_penalty", "0.01"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids for keys"),
+        ({"logit_bias": {"5": 1, "05": -1}}, "logit_bias", "token ids for keys"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
         ({"logit_bias": [1]}, "logit_bias", "dictionary"),
         ({"top_logprobs": 3}, "top_logprobs", "'logprobs': true"),
