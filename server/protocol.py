@@ -360,6 +360,11 @@ class GenerationRequest(Body):
 
     @property
     @abstractmethod
+    def continues_text(self) -> bool:
+        """Whether the reply is the rest of a text that the prompt begins, or a text of its own."""
+
+    @property
+    @abstractmethod
     def wanted_logprobs(self) -> int | None:
         """How many alternatives to tell with each token's log-probability; None to tell none."""
 
@@ -429,6 +434,10 @@ class ChatRequest(GenerationRequest):
     @property
     def audited_prompt(self) -> dict[str, Any]:
         return {"messages": [message.rendered() for message in self.messages]}
+
+    @property
+    def continues_text(self) -> bool:
+        return bool(self.continue_final_message)
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -509,6 +518,10 @@ class CompletionRequest(GenerationRequest):
     @property
     def audited_prompt(self) -> dict[str, Any]:
         return {"prompt": self.prompt}
+
+    @property
+    def continues_text(self) -> bool:
+        return True
 
     @property
     def wanted_logprobs(self) -> int | None:
