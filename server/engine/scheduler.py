@@ -245,7 +245,7 @@ class Scheduler:
         for i in reversed(range(len(rows))):  # from the last slot down, so that few rows move
             row, token = rows[i], choice.token_ids[i]
             if (error := choice.errors[i] or row.record(token)) is not None:
-                self._fail(row, StepFailedError(error))
+                self._fail(row, error)
                 continue
             ended = token in self.eos
             full = row.generated >= row.request.sampling.max_tokens
