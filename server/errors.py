@@ -254,6 +254,11 @@ def _from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "malformed")
         return InvalidRequestError(f"The body is not valid JSON: {reason}.", code="invalid_json")
+    if first["type"] == "string_unicode" and not path:
+        return InvalidRequestError(
+            "The body has a key that holds half of a surrogate pair, which is no text.",
+            code="invalid_json",
+        )
     if not path:
         return InvalidRequestError(
             "The body must be a JSON object, sent with Content-Type: application/json.",

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -30,7 +29,7 @@ from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
 from server.structured import ResponseFormat
 from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
-from server.validation import MOST_MESSAGES, MOST_MISTAKES, TemplateValue
+from server.validation import MOST_MESSAGES, MOST_MISTAKES, Strict, TemplateValue
 from steering.edit import Phase
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
@@ -95,12 +94,7 @@ UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Strict(BaseModel):
-    # Fields that are absent and fields that are null mean the same thing.
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's content. Only text is understood."""
 
     type: Literal["text"]
@@ -118,7 +112,7 @@ Content = Annotated[
 ]
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of the conversation."""
 
     model_config = ConfigDict(extra="allow")
@@ -181,7 +175,7 @@ TemplateKwargs = Annotated[
 ]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Only together with `stream: true`."""
 
     include_usage: bool | None = Field(
@@ -196,14 +190,14 @@ class StreamOptions(_Strict):
 Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
 
 
-class ProfileChoice(_Strict):
+class ProfileChoice(Strict):
     """One of several profiles."""
 
     name: str = Field(description="A name that `GET /v1/steering/profiles` lists.")
     strength: Strength | None = Field(None, description="Default: the profile's own.")
 
 
-class SteeringChoice(_Strict):
+class SteeringChoice(Strict):
     """Which profile answers, how strongly it is applied, and to which tokens."""
 
     profile: str | None = Field(None, description="A name that `GET /v1/steering/profiles` lists.")
@@ -224,7 +218,7 @@ _StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Body(_Strict):
+class Body(Strict):
     """A request's body, whose mistakes are not even listed if there are very many.
 
     Listing them is slow: a small body can hold a million.
