@@ -211,6 +211,7 @@ def declare_access(document: dict[str, Any]) -> None:
             told = {401: "No key, or one that is not valid."}
             told[403] = f"The key lacks the scope ({' or '.join(sorted(scopes))})."
             if method.upper() not in _READING:
+                told[408] = "The body came too slowly."
                 told[413] = "The body is larger than `--max-body-bytes`."
                 told[429] = "The key's minute is used up; `Retry-After` says how long to wait."
             for status, description in told.items():

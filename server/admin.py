@@ -10,7 +10,10 @@ changes no token.
 Requests hold the edits they started with: removing a profile changes none of them. Its hooks and
 tensors are let go when the last of them has ended.
 
-Not covered: who may do this (the tag `admin` marks it), and keeping profiles over a restart.
+A key registers only what it may use itself, and removes only what exists for it (`server.access`,
+which also says whose key has the scope).
+
+Not covered: keeping profiles over a restart.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from server.access import Caller, caller_of
 from server.engine.base import InProcessEngine
 from server.errors import (
     BodyTooLargeError,
@@ -82,17 +86,19 @@ def add_admin(app: FastAPI, host: Host, metrics: Metrics) -> None:
     ) -> Response:
         """The body is a profile file, or JSON that names one in `--profile-dir`. It is checked and
         tested on the model before any request can ask for it; those under way go on."""
-        engine = _engine(host)
+        engine, caller = _engine(host), caller_of(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             body = await request.body()
         except ClientDisconnect:
             return Response(status_code=499)  # as in chat: nobody reads this
+        request.state.asked = {"profile": name} if name is not None else {}
         read: Callable[[], Profile]
         if kind == UPLOAD:
             read = lambda: _uploaded(host, body, name)  # noqa: E731
         elif kind == "application/json":
             asked = _parse(body)
+            request.state.asked = asked.model_dump(exclude_none=True)
             if name is not None:
                 raise InvalidRequestError("'name' belongs into the JSON body here.", param="name")
             read = lambda: _named(host, asked)  # noqa: E731
@@ -103,8 +109,9 @@ def add_admin(app: FastAPI, host: Host, metrics: Metrics) -> None:
                 code="invalid_content_type",
             )
         async with turns:
-            profile = await asyncio.to_thread(_register, host, engine, read)
+            profile = await asyncio.to_thread(_register, host, engine, read, caller)
             metrics.add_profile(profile.name, profile.fingerprint, profile.method)
+            _note(host, request, profile, "registered")
         return JSONResponse(host.profiles.card(profile).model_dump(), status_code=201)
 
     @app.delete(
@@ -113,15 +120,30 @@ def add_admin(app: FastAPI, host: Host, metrics: Metrics) -> None:
         tags=["admin"],
         summary="Remove a profile",
     )
-    async def remove_profile(name: str) -> ProfileDeleted:
+    async def remove_profile(name: str, request: Request) -> ProfileDeleted:
         """Requests under way finish with it; new ones get a 404."""
-        engine = _engine(host)
+        engine, caller = _engine(host), caller_of(request)
         async with turns:
+            caller.sees(host.profiles).resolve(name, param="name")
             profile = host.profiles.remove(name)
+            _note(host, request, profile, "removed")
             metrics.retire_profile(profile.name, profile.fingerprint, profile.method)
             sites = sites_of(edit for other in host.profiles for edit in other.edits)
             await asyncio.to_thread(engine.retain, sites)
         return ProfileDeleted(name=name)
+
+
+def _note(host: Host, request: Request, profile: Profile, outcome: str) -> None:
+    """Tell the audit log what became of a profile."""
+    request.state.noted = True
+    host.access.audit.write(
+        request_id=request.state.request_id,
+        key=caller_of(request).id or None,
+        profile=profile.name,
+        fingerprint=profile.fingerprint,
+        red_team=profile.red_team,
+        outcome=outcome,
+    )
 
 
 def _engine(host: Host) -> InProcessEngine:
@@ -129,8 +151,8 @@ def _engine(host: Host) -> InProcessEngine:
         raise UnavailableError("The server is not ready.", headers={"Retry-After": "5"})
     if host.profiles.folded is not None:
         raise ConflictError(
-            f"This server was started with --fold {host.profiles.folded} and serves that profile "
-            "only."
+            "This server was started with --fold: one profile is part of its weights, and no other "
+            "can be served."
         )
     if not isinstance(host.engine, InProcessEngine):
         raise ConflictError("This engine takes its profiles when it starts; restart it with them.")
@@ -178,7 +200,9 @@ def _load(data: bytes, name: str | None, called: str) -> Profile:
         raise _unsound(error, "name") from error
 
 
-def _register(host: Host, engine: InProcessEngine, read: Callable[[], Profile]) -> Profile:
+def _register(
+    host: Host, engine: InProcessEngine, read: Callable[[], Profile], caller: Caller
+) -> Profile:
     """Read, check, test and offer a profile. Raises ApiError, and then nothing has changed."""
     store, limit = host.profiles, host.registration.max_profiles
     if len(store.names) >= limit:
@@ -187,10 +211,19 @@ def _register(host: Host, engine: InProcessEngine, read: Callable[[], Profile]) 
             code="too_many_profiles",
         )
     profile = read()
+    if not caller.permits((profile,)):
+        kind = "red-team profile" if profile.red_team else "profile"
+        raise ForbiddenError(
+            f"The key {caller.id!r} may not use the {kind} {profile.name!r}, and so not register "
+            "it; its owner must give it that name (`pilothouse keys create --profile`).",
+            param="name",
+            code="forbidden",
+        )
     if profile.name in store.names:
+        seen = profile.name in caller.sees(store).names
         raise ConflictError(
-            f"There is a profile named {profile.name!r} already; remove it first, or choose "
-            "another name.",
+            f"The name {profile.name!r} is taken; {'remove that profile first, or ' * seen}choose "
+            "another.",
             param="name",
         )
     try:

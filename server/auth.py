@@ -29,6 +29,8 @@ ALL_PROFILES = "*"
 """In a key's profiles: all that are not `red_team`."""
 
 KEY_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+PROFILE_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
+"""As `steering.profile` has it; a name of another form is a slip, and permits nothing."""
 SECRET_BYTES = 32
 
 
@@ -52,7 +54,7 @@ class Key(BaseModel):
     id: Annotated[str, Field(pattern=f"^{KEY_ID}$")]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     scopes: Annotated[frozenset[Scope], Field(min_length=1)] = frozenset({"chat"})
-    profiles: tuple[str, ...] = (ALL_PROFILES,)
+    profiles: tuple[Annotated[str, Field(pattern=rf"^(\*|{PROFILE_NAME})$")], ...] = (ALL_PROFILES,)
     created: AwareDatetime | None = None
     expires: AwareDatetime | None = None
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None

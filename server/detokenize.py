@@ -9,6 +9,8 @@ _REPLACEMENT = "\ufffd"
 _LONGEST_WAIT = 16
 """Tokens without a whole character among them after which bytes are garbage and shown as such. A
 character has at most four bytes, so it ends long before."""
+_BEFORE = 8
+"""Tokens of a text that goes on which are decoded with what is new; one would do, were it whole."""
 
 
 class Detokenizer:
@@ -20,17 +22,23 @@ class Detokenizer:
 
     Args:
         keep: special tokens to show; all others are left out.
+        after: tokens of the text that this one continues, if it does: SentencePiece drops the blank
+            before the first word of a text, and this is not its first then.
     """
 
-    def __init__(self, tokenizer: Any, *, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, *, keep: Collection[str] = (), after: Sequence[int] = ()
+    ) -> None:
         self._decode = _decoder(tokenizer)
         special = special_tokens(tokenizer) if keep else {}
         if not special.keys().isdisjoint(keep):
             hidden = {token_id for name, token_id in special.items() if name not in keep}
             self._decode = _decoder_that_hides(tokenizer, hidden)
-        self._context: list[int] = []
-        self._shown = ""
+        self._context = list(after[-_BEFORE:])
+        self._shown = self._decode(self._context)
         """The context's text, all of which was handed out."""
+        if self._shown.endswith(_REPLACEMENT):  # half a character, which nobody could tell from new
+            self._context, self._shown = [], ""
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:

@@ -7,6 +7,7 @@
       ForbiddenError              403     insufficient_scope, forbidden
       NotFoundError               404     model_not_found, not_found
       ConflictError               409     conflict
+      SlowBodyError               408     body_timeout
       BodyTooLargeError           413     body_too_large
       OverloadedError             429     queue_full, with Retry-After
       RateLimitError              429     rate_limit_exceeded, with Retry-After
@@ -128,6 +129,15 @@ class ConflictError(ApiError):
     reason = "conflict"
 
 
+class SlowBodyError(ApiError):
+    """The body does not come, or comes a byte now and then."""
+
+    status = 408
+    type = "invalid_request_error"
+    default_code = "body_timeout"
+    reason = "slow_body"
+
+
 class BodyTooLargeError(ApiError):
     """More bytes than the server reads."""
 
@@ -186,6 +196,7 @@ REJECTION_REASONS = sorted(
         ForbiddenError,
         NotFoundError,
         ConflictError,
+        SlowBodyError,
         BodyTooLargeError,
         OverloadedError,
         RateLimitError,
@@ -243,6 +254,11 @@ def _from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "malformed")
         return InvalidRequestError(f"The body is not valid JSON: {reason}.", code="invalid_json")
+    if first["type"] == "string_unicode" and not path:
+        return InvalidRequestError(
+            "The body has a key that holds half of a surrogate pair, which is no text.",
+            code="invalid_json",
+        )
     if not path:
         return InvalidRequestError(
             "The body must be a JSON object, sent with Content-Type: application/json.",

@@ -1,4 +1,4 @@
-"""Around every request: its id, a limit on its body, the HTTP metrics, and an answer to errors
+"""Around every request: its id, limits on its body, the HTTP metrics, and an answer to errors
 nobody foresaw.
 
 Pure ASGI, so that streams pass through untouched and a client's disconnect reaches the endpoint.
@@ -6,6 +6,7 @@ Pure ASGI, so that streams pass through untouched and a client's disconnect reac
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -14,12 +15,16 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTooLargeError, InternalError, error_response
+from server.errors import BodyTooLargeError, InternalError, SlowBodyError, error_response
 from server.logs import current_request
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+BODY_SECONDS = 30.0
+"""For a body, and one more for each `BODY_BYTES_PER_SECOND`: a connection that sends a byte now and
+then must not be kept for ever."""
+BODY_BYTES_PER_SECOND = 16 * 1024
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
@@ -28,7 +33,7 @@ class RequestMiddleware:
     """Gives each request an id (the client's own `X-Request-Id` if sane) and counts it.
 
     A body of more than `max_body_bytes` is a 413: at once where its length is announced, else
-    after that many bytes.
+    after that many bytes. One that comes too slowly is a 408.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int) -> None:
@@ -46,14 +51,26 @@ class RequestMiddleware:
         scope.setdefault("state", {}).update(request_id=request_id, arrived=since)
         current_request.set(request_id)
         status = received = 0
+        whole = False
         too_large = BodyTooLargeError(
             f"The body is larger than {self.max_body_bytes} bytes (--max-body-bytes)."
         )
 
         async def receive_limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            if whole:  # what comes now is only that the client goes away
+                return await receive()
+            left = since + BODY_SECONDS + received / BODY_BYTES_PER_SECOND - time.perf_counter()
+            try:
+                async with asyncio.timeout(left):
+                    message = await receive()
+            except TimeoutError:
+                raise SlowBodyError(
+                    "The body did not come in time; send it in one go.",
+                    headers={"Connection": "close"},  # what still comes of it is no request
+                ) from None
             received += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if received > self.max_body_bytes:
                 raise too_large
             return message

@@ -8,7 +8,7 @@ from server.responses import ErrorEnvelope
 
 _ERRORS: dict[int, str] = {
     400: "The request cannot be served as it is; the message says what to change.",
-    403: "This server was not told to allow that.",
+    403: "The key, or this server, does not allow that.",
     404: "There is no such model or profile; the message lists what there is.",
     409: "What the server holds already stands in the way.",
     413: "The body is larger than the server reads.",

@@ -73,8 +73,9 @@ async def prepare(host: Host, body: ChatRequest, caller: Caller) -> Prepared:
     tools = await choose_tools(host, body)
     prompt = await render_prompt(host, body, tools.offered)
     constraint = await constrain(host.grammars, host.lm, body.response_format, tools)
+    readable = reading(host, body, prompt, tools.offered)
     prepared = _prepared(
-        host, body, caller, "chatcmpl", composition, [prompt], ignored, reading(host, body, prompt),
+        host, body, caller, "chatcmpl", composition, [prompt], ignored, readable,
         param="messages", default_tokens=DEFAULT_MAX_TOKENS,
     )  # fmt: skip
     requests = tuple(replace(r, constraint=constraint) for r in prepared.requests)
@@ -279,10 +280,13 @@ def _sampling(
     room = limit - prompt_tokens
     asked = body.asked_tokens
     if room < (asked or 1):
-        more = "leaves no room for a reply" if asked is None else f"and {asked} for the reply"
+        if asked is None:
+            more = "which leaves no room for a reply; shorten it"
+        else:
+            more = f"and {asked} were asked for; shorten it or ask for fewer"
         raise ContextLengthError(
             f"This server takes {limit} tokens, prompt and reply together. The prompt has "
-            f"{prompt_tokens} {more}; shorten it{'' if asked is None else ' or ask for fewer'}.",
+            f"{prompt_tokens}, {more}.",
             param=param,
         )
     return Sampling(

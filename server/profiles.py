@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from server.errors import ConflictError, InvalidRequestError, NotFoundError
+from server.redact import RESTRICTED
 from server.responses import ModelCard, ProfileCard
 from steering.edit import Edit
 from steering.models import LanguageModel
@@ -18,7 +19,7 @@ from steering.profile import RAW, Profile, ProfileError
 
 COMPOSED = "composed"
 """Stands for all compositions of several profiles where metrics name a profile."""
-RESERVED = (COMPOSED, "restricted")
+RESERVED = (COMPOSED, RESTRICTED)
 """Names that mean something else in metrics."""
 
 

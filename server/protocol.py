@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Discriminator,
     Field,
@@ -30,7 +29,7 @@ from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
 from server.structured import ResponseFormat
 from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
-from server.validation import MOST_MESSAGES, MOST_MISTAKES, TemplateValue
+from server.validation import MOST_MESSAGES, MOST_MISTAKES, Strict, TemplateValue
 from steering.edit import Phase
 
 # Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
@@ -95,12 +94,7 @@ UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Strict(BaseModel):
-    # Fields that are absent and fields that are null mean the same thing.
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's content. Only text is understood."""
 
     type: Literal["text"]
@@ -118,7 +112,7 @@ Content = Annotated[
 ]
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of the conversation."""
 
     model_config = ConfigDict(extra="allow")
@@ -181,7 +175,7 @@ TemplateKwargs = Annotated[
 ]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Only together with `stream: true`."""
 
     include_usage: bool | None = Field(
@@ -196,14 +190,14 @@ class StreamOptions(_Strict):
 Strength = Annotated[float, Field(ge=-1e4, le=1e4)]
 
 
-class ProfileChoice(_Strict):
+class ProfileChoice(Strict):
     """One of several profiles."""
 
     name: str = Field(description="A name that `GET /v1/steering/profiles` lists.")
     strength: Strength | None = Field(None, description="Default: the profile's own.")
 
 
-class SteeringChoice(_Strict):
+class SteeringChoice(Strict):
     """Which profile answers, how strongly it is applied, and to which tokens."""
 
     profile: str | None = Field(None, description="A name that `GET /v1/steering/profiles` lists.")
@@ -228,7 +222,7 @@ MOST_PARTS = 20_000
 _USUAL_KEYS = 8
 
 
-class Body(_Strict):
+class Body(Strict):
     """A request's body that is not even looked at if it has very many parts, and whose mistakes
     are not listed if there are very many.
 
@@ -349,7 +343,7 @@ class GenerationRequest(Body):
     @classmethod
     def _keys_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for key in value or ():
-            if not re.fullmatch("[0-9]{1,9}", key):
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", key):  # one way to write each
                 raise ValueError(
                     f"'logit_bias' must have token ids for keys (got {json.dumps(key[:40])})"
                 )
@@ -383,6 +377,11 @@ class GenerationRequest(Body):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    @abstractmethod
+    def continues_text(self) -> bool:
+        """Whether the reply is the rest of a text that the prompt begins, or a text of its own."""
 
     @property
     @abstractmethod
@@ -455,6 +454,10 @@ class ChatRequest(GenerationRequest):
     @property
     def audited_prompt(self) -> dict[str, Any]:
         return {"messages": [message.rendered() for message in self.messages]}
+
+    @property
+    def continues_text(self) -> bool:
+        return bool(self.continue_final_message)
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -535,6 +538,10 @@ class CompletionRequest(GenerationRequest):
     @property
     def audited_prompt(self) -> dict[str, Any]:
         return {"prompt": self.prompt}
+
+    @property
+    def continues_text(self) -> bool:
+        return True
 
     @property
     def wanted_logprobs(self) -> int | None:

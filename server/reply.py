@@ -76,12 +76,20 @@ class ReplyText:
 
     A token is handed out with the first piece of text that goes beyond its beginning, so that the
     tokens of what was shown are those of the text, whatever was held back or cut off.
+
+    Args:
+        markup: special tokens that are text here.
+        after: tokens of the text that this one continues.
     """
 
     def __init__(
-        self, tokenizer: Any, stops: tuple[str, ...], markup: tuple[str, ...] = ()
+        self,
+        tokenizer: Any,
+        stops: tuple[str, ...],
+        markup: tuple[str, ...] = (),
+        after: tuple[int, ...] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, keep=markup)
+        self._detokenizer = Detokenizer(tokenizer, keep=markup, after=after)
         self._stops = StopStrings(stops)
         self._decoded = 0
         self._shown = 0
@@ -147,8 +155,10 @@ class Reply:
         ApiError."""
         tools = self._prepared.tools
         parser = tools.parser()
-        text = ReplyText(self._host.lm.tokenizer, self._prepared.body.stop_strings, tools.markup)
-        wants_tokens = self._prepared.body.wanted_logprobs is not None
+        body = self._prepared.body
+        after = self._prepared.requests[self.index].prompt_ids if body.continues_text else ()
+        text = ReplyText(self._host.lm.tokenizer, body.stop_strings, tools.markup, after)
+        wants_tokens = body.wanted_logprobs is not None
         try:
             async for token in self._stream:
                 # The choices of one prompt share its scores, which count once.

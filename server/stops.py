@@ -32,7 +32,7 @@ class StopStrings:
         if ends:
             self.stopped, self._held = True, ""
             return text[: min(ends)[1]]
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        held = max((overlap(text, stop) for stop in self._stops), default=0)
         shown = len(text) - held
         self._held = text[shown:]
         return text[:shown]
@@ -43,7 +43,7 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins, short of all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from server.detokenize import special_tokens
 from server.errors import InvalidRequestError
@@ -22,14 +22,11 @@ from server.grammar import (
 )
 from server.tool_parsers import CLOSE, OPEN, ToolFormat
 from server.tools import Name, Tool, ToolUse
+from server.validation import Strict
 from steering.models import LanguageModel
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """A schema with a name, as OpenAI's clients send it."""
 
     name: Name
@@ -38,7 +35,7 @@ class JsonSchema(_Strict):
     strict: bool | None = Field(None, description="The schema is always followed exactly.")
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """The shape that the reply must have."""
 
     type: Literal["text", "json_object", "json_schema"]

@@ -9,12 +9,11 @@ from typing import Any
 from server.errors import InvalidRequestError
 from server.hosting import Host
 from server.protocol import ChatRequest, TokenizeRequest
+from server.tools import Tool
 from steering.template import check_kwargs
 
-# Fields that make a prompt another form than any the monitor is fitted on, when they ask for
-# something. Named, because not all of them show in what they make of a short prompt's end.
-OTHER_FORMS = ("tools", "functions", "documents", "continue_final_message")
 ROLES = ("system", "developer", "user", "assistant")
+"""Of turns that the monitor may be fitted on; a tool's results are of another form."""
 
 
 def asked_kwargs(host: Host, body: ChatRequest | TokenizeRequest) -> dict[str, Any]:
@@ -47,14 +46,21 @@ WITHOUT_TEMPLATE = Reading(probes=False, refusal_score=False)
 """Of a plain completion's prompt, which is no conversation."""
 
 
-def reading(host: Host, body: ChatRequest, prompt_ids: Sequence[int]) -> Reading:
-    """What the host's monitor can read of a request's prompt."""
+def reading(
+    host: Host, body: ChatRequest, prompt_ids: Sequence[int], offered: Sequence[Tool] = ()
+) -> Reading:
+    """What the host's monitor can read of a request's prompt.
+
+    Args:
+        offered: the tools that the prompt tells of, which need not be all that the body holds.
+    """
     if host.monitor is None:
         return Reading()
     ending = host.prompt_ending
     ends_alike = tuple(prompt_ids[len(prompt_ids) - len(ending) :]) == ending
-    plain = all(message.role in ROLES for message in body.messages) and not any(
-        getattr(body, field, None) for field in OTHER_FORMS
+    # Asked by name, because not all of them show in what they make of a short prompt's end.
+    plain = not (offered or body.continue_final_message) and all(
+        message.role in ROLES and not message.tool_calls for message in body.messages
     )
     same_form = plain and host.monitor.template.admits(
         [message.rendered() for message in body.messages],

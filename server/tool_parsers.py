@@ -22,6 +22,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+from server.stops import overlap
+
 ToolFormat = Literal["hermes", "llama3"]
 ToolParserSetting = Literal["auto", "hermes", "llama3", "none"]
 """What an operator can say; auto asks the chat template (`server.tools`)."""
@@ -141,7 +143,7 @@ class HermesParser(ToolParser):
             if not self._inside:
                 before, tag, rest = self._buffer.partition(OPEN)
                 if not tag:
-                    keep = _overlap(self._buffer, OPEN)
+                    keep = overlap(self._buffer, OPEN)
                     cut = len(self._buffer) - keep
                     yield from self._say(self._buffer[:cut])
                     self._buffer = self._buffer[cut:]
@@ -276,11 +278,6 @@ def _load(text: str) -> Any:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
-
-
-def _overlap(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that begins `tag`."""
-    return next(n for n in range(min(len(tag), len(text)), -1, -1) if text.endswith(tag[:n]))
 
 
 def _end_of(pattern: re.Pattern[str], text: str) -> int:

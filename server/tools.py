@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag
 
 from server.errors import InvalidRequestError
 from server.tool_parsers import (
@@ -26,17 +26,14 @@ from server.tool_parsers import (
     ToolParser,
     ToolParserSetting,
 )
+from server.validation import Strict
 from steering.models import LanguageModel
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 MAX_TOOLS = 128
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class FunctionDefinition(_Strict):
+class FunctionDefinition(Strict):
     """A function that the model may call."""
 
     name: Name
@@ -55,7 +52,7 @@ class FunctionDefinition(_Strict):
         return {"type": "object", **self.parameters}
 
 
-class Tool(_Strict):
+class Tool(Strict):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -68,11 +65,11 @@ class Tool(_Strict):
         return {"type": "function", "function": function}
 
 
-class FunctionName(_Strict):
+class FunctionName(Strict):
     name: Name
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """The one function that must be called."""
 
     type: Literal["function"]
@@ -90,12 +87,12 @@ ToolChoice = Annotated[
 ]
 
 
-class CalledFunction(_Strict):
+class CalledFunction(Strict):
     name: str
     arguments: str = Field(description="A JSON object, as text.")
 
 
-class ToolCallTurn(_Strict):
+class ToolCallTurn(Strict):
     """A call that the assistant made in an earlier turn."""
 
     id: str

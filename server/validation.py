@@ -1,10 +1,12 @@
-"""Pydantic's complaints, in words that say what to do. For requests and for settings."""
+"""What requests are checked by, and pydantic's complaints in words that say what to do."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 TemplateValue = str | int | float | bool
 """What may be passed to a chat template."""
@@ -16,6 +18,15 @@ MOST_MISTAKES = 1000
 
 MAX_ECHOED = 200
 """Characters of what was given that a message repeats."""
+
+
+class Strict(BaseModel):
+    """A part of a request: nothing is converted, and no key is unknown.
+
+    Fields that are absent and fields that are null mean the same thing.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def field_path(location: Iterable[str | int]) -> str:

@@ -105,6 +105,20 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def make_sentencepiece(*words: str) -> PreTrainedTokenizerFast:
+    """Llama 2's way: a mark for the blank before each word, and bytes for all else; a text's first
+    blank is no part of it."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *(f"\u2581{w}" for w in words)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    inner = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>")
+    )
+    blanks, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    steps = [blanks, decoders.ByteFallback(), decoders.Fuse(), strip]
+    inner.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
 @cache
 def make_model(family: str, seed: int = 0) -> LanguageModel:
     """A tiny random float32 model. Shared: steer it, never change its weights."""

@@ -119,4 +119,6 @@ def expiry(text: str) -> str:
             ) from None
         if when.tzinfo is None:
             when = when.replace(tzinfo=UTC)
+    if when <= datetime.now(UTC):
+        raise ValueError(f"--expires {text} has passed already; such a key would open nothing")
     return when.astimezone(UTC).isoformat(timespec="seconds")

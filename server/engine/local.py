@@ -3,7 +3,7 @@
 One thread owns model, hooks and cache, and runs the `Scheduler`'s steps. This file is what other
 threads see of it: admission, the queue, starting and stopping.
 
-Not covered: several devices (see `server.engine.vllm`).
+Not covered: several devices.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save
 from torch import Tensor
 
+from server.access import Access
+from server.audit import AuditLog
+from server.auth import hash_secret
 from server.engine.local import LocalEngine
 from server.hosting import Host, RegistrationLimits
 from server.profiles import ProfileStore
@@ -724,3 +727,71 @@ def test_a_composition_with_a_new_profile_is_its_edits_in_order(tmp_path: Path) 
             assert content(answer) == lm.tokenizer.decode(tokens, skip_special_tokens=True)
 
     asyncio.run(run())
+
+
+def test_an_admin_key_changes_only_what_exists_for_it(tmp_path: Path) -> None:
+    """And the audit log says who registered and removed what."""
+    hidden = make("hidden", red_team=True)
+    host = real_host(profiles=[hidden])
+    keys = {"plain": ["*"], "red": ["*", "hidden", "mine"]}
+    entries = [
+        {
+            "id": id,
+            "sha256": hash_secret(f"ph-{id}"),
+            "scopes": ["admin", "chat"],
+            "profiles": names,
+        }
+        for id, names in keys.items()
+    ]
+    log = tmp_path / "audit.jsonl"
+    host.access = Access(json.dumps(entries), audit=AuditLog(log))
+    plain, red = ({"Authorization": f"Bearer ph-{id}"} for id in keys)
+    mine = file_of(make("mine", red_team=True), tmp_path)
+    taken = file_of(make("hidden"), tmp_path)
+
+    async def run() -> None:
+        async with http_client(host) as http:
+            refused = await http.delete(f"{URL}/hidden", headers=plain)
+            unknown = await http.delete(f"{URL}/nobody", headers=plain)
+            for response in (refused, unknown):
+                name = response.url.path.rpartition("/")[2]
+                assert response.status_code == 404
+                assert error_of(response)["message"] == (
+                    f"There is no profile {name!r}. There is raw."
+                )
+            assert "hidden" in (await http.get(URL, headers=red)).text
+
+            refused = await http.post(URL, content=mine, headers=plain | BINARY)
+            assert (refused.status_code, error_of(refused)["param"]) == (403, "name")
+            refused = await http.post(URL, content=taken, headers=plain | BINARY)
+            assert refused.status_code == 409 and "remove" not in refused.text
+            refused = await http.post(URL, content=taken, headers=red | BINARY)
+            assert refused.status_code == 409 and "remove" in refused.text
+
+            assert (await http.post(URL, content=mine, headers=red | BINARY)).status_code == 201
+            assert "mine" not in (await http.get(URL, headers=plain)).text
+            assert (await http.delete(f"{URL}/mine", headers=red)).status_code == 200
+
+    asyncio.run(run())
+    notes = [json.loads(line) for line in log.read_text().splitlines()]
+    done = [note for note in notes if note["outcome"] != "rejected"]
+    assert [(note["outcome"], note["key"], note["profile"]) for note in done] == [
+        ("registered", "red", "mine"),
+        ("removed", "red", "mine"),
+    ]
+    assert all(note["red_team"] and note["fingerprint"] for note in done)
+
+
+def test_what_a_refused_registration_asked_for_is_in_the_audit_log(tmp_path: Path) -> None:
+    host = real_host()
+    log = tmp_path / "audit.jsonl"
+    host.access = Access(audit=AuditLog(log))
+
+    async def run() -> None:
+        async with client_of(host) as client:
+            await client.upload(b"", "?name=empty")
+            await client.named(path="x.safetensors", name="y")
+
+    asyncio.run(run())
+    asked = [json.loads(line)["asked"] for line in log.read_text().splitlines()]
+    assert asked == [{"profile": "empty"}, {"path": "x.safetensors", "name": "y"}]

@@ -7,6 +7,7 @@ import secrets
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -110,6 +111,8 @@ def entry(**changes: Any) -> dict[str, Any]:
         (json.dumps([entry(id="a b")]), "keys[0].id"),
         (json.dumps([entry(expires="2030-01-01T00:00:00")]), "timezone"),
         (json.dumps([entry(requests_per_minute=0)]), "requests_per_minute"),
+        (json.dumps([entry(profiles=["bold", "Bold"])]), "keys[0].profiles[1]"),
+        (json.dumps([entry(profiles=[""])]), "keys[0].profiles[0]"),
         (json.dumps([entry(), entry(sha256=hash_secret("y"))]), "two keys have the id of 'ci'"),
         (json.dumps([entry(), entry(id="b")]), "two keys have the secret of 'b'"),
     ],
@@ -199,7 +202,7 @@ def test_the_command_creates_lists_and_revokes(
     assert made.profiles == ("*", "unbound") and made.requests_per_minute == 60
     assert made.expires is not None
     assert timedelta(days=89) < made.expires - datetime.now(UTC) <= timedelta(days=90)
-    assert main(["keys", "create", "old", "--keys", str(file), "--expires", "2020-01-01"]) == 0
+    create_key(file, "old", expires="2020-01-01T00:00:00Z")
     capsys.readouterr()
     assert main(["keys", "list", "--keys", str(file)]) == 0
     ci, old = capsys.readouterr().out.splitlines()
@@ -211,6 +214,8 @@ def test_the_command_creates_lists_and_revokes(
     for arguments in (
         ["create", "a b", "--keys", str(file)],
         ["create", "b", "--keys", str(file), "--expires", "soon"],
+        ["create", "b", "--keys", str(file), "--expires", "2020-01-01"],
+        ["create", "b", "--keys", str(file), "--expires", "0d"],
         ["create", "b", "--keys", str(file), "--tokens-per-minute", "0"],
         ["revoke", "none", "--keys", str(file)],
         ["list", "--keys", str(tmp_path / "none.json")],
@@ -307,3 +312,17 @@ def test_a_key_without_limits_has_no_headers_and_no_end() -> None:
 )
 def test_durations_are_written_as_openai_does(seconds: float, written: str) -> None:
     assert duration(seconds) == written
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "0", "llm-va", "a.b_c", "a" * 64, "A", "", "-a", "a" * 65, "a b"]
+)
+def test_a_key_may_name_just_what_a_profile_may_be_called(name: str) -> None:
+    def sound(make: Callable[[], object]) -> bool:
+        try:
+            make()
+        except ValueError:
+            return False
+        return True
+
+    assert sound(lambda: key(profiles=(name,))) == sound(lambda: make_profile(name))

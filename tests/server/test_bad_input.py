@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from server.engine.local import LocalEngine
 from server.protocol import UNSUPPORTED
 from tests.server.fakes import (
     FakeEngine,
@@ -90,6 +91,7 @@ USER = {"role": "user", "content": "Hi"}
         ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2"),
         ({"repetition_penalty": 0}, "repetition_penalty", "0.01"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids for keys"),
+        ({"logit_bias": {"5": 1, "05": -1}}, "logit_bias", "token ids for keys"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "less than or equal to 100"),
         ({"logit_bias": [1]}, "logit_bias", "dictionary"),
         ({"top_logprobs": 3}, "top_logprobs", "'logprobs': true"),
@@ -179,7 +181,8 @@ def test_text_that_is_no_unicode_is_a_400_or_harmless() -> None:
     message = json.dumps(body()).replace('"Hi"', surrogate)
     assert post(raw=message).status_code == 400
     assert post(raw=json.dumps(body()).replace('"tiny"', surrogate)).status_code in (400, 404)
-    assert post(raw=json.dumps(body(x=1)).replace('"x"', surrogate)).status_code in (200, 400)
+    refused = post(raw=json.dumps(body(x=1)).replace('"x"', surrogate))
+    assert refused.status_code == 400 and "surrogate" in error_of(refused)["message"]
 
 
 def test_an_unknown_model_is_a_404_that_lists_the_models() -> None:
@@ -309,6 +312,37 @@ def test_a_body_that_is_too_large_is_refused_unread_or_as_soon_as_it_is() -> Non
 
     asyncio.run(send())
     assert post(host=host).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/steering/profiles"])
+def test_a_body_that_never_ends_is_not_waited_for(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.middleware.BODY_SECONDS", 0.05)
+    host = make_host()
+    host.engine = LocalEngine(host.lm, max_num_seqs=1, max_model_len=64)
+
+    async def begun() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def send() -> None:
+        async with http_client(host) as client:
+            response = await client.post(path, content=begun())
+            assert response.status_code == 408
+            assert error_of(response)["code"] == "body_timeout"
+            assert response.headers["Connection"] == "close"
+            page = (await client.get("/metrics")).text
+            assert 'steering_rejections_total{reason="slow_body"} 1.0' in page
+
+    asyncio.run(send())
+
+
+def test_a_reply_may_take_longer_than_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait for the client to go away is none for its body."""
+    monkeypatch.setattr("server.middleware.BODY_SECONDS", 0.05)
+    engine = FakeEngine("Hi", delay=0.1)
+    assert post(host=make_host(engine)).status_code == 200
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from openai.types import Completion
 
+from server.engine.base import EngineRequest, EngineToken
 from server.protocol import UNSUPPORTED_IN_COMPLETIONS, CompletionRequest
-from tests.conftest import make_model
+from tests.conftest import make_model, make_sentencepiece
 from tests.server.fakes import (
     FakeEngine,
     error_of,
@@ -180,3 +183,19 @@ def test_an_unknown_profile_is_a_404_and_a_known_one_steers() -> None:
     send(make_host(engine), steering={"profile": "bold", "strength": 2})
     assert [applied.strength for applied in engine.requests[0].edits] == [2]
     assert make_profile("bold").edits
+
+
+def test_a_text_goes_on_with_the_blank_before_its_next_word() -> None:
+    """Prompt and reply put together are the text, with tokenizers that mark blanks, too."""
+    tokenizer = make_sentencepiece("Of", "course")
+    of, course = tokenizer.convert_tokens_to_ids(["\u2581Of", "\u2581course"])
+
+    class Engine(FakeEngine):
+        async def _tokens(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
+            yield EngineToken(course, -0.5, finish_reason="length")
+
+    host = make_host(Engine())
+    host.lm = replace(host.lm, tokenizer=tokenizer)
+    assert send(host, prompt=[of]).json()["choices"][0]["text"] == " course"
+    stopped = send(host, prompt=[of], stop=" cou").json()["choices"][0]
+    assert (stopped["text"], stopped["finish_reason"]) == ("", "stop")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.detokenize import Detokenizer
-from tests.conftest import make_tokenizer
+from tests.conftest import make_sentencepiece, make_tokenizer
 
 TEXTS = [
     "Hello there",
@@ -63,3 +63,18 @@ def test_another_kind_of_tokenizer_is_decoded_through_transformers() -> None:
 
     detokenizer = Detokenizer(Slow())
     assert [detokenizer.push(b) for b in "aé".encode()] == ["a", "", "é"]
+
+
+def test_the_blank_before_a_word_shows_where_a_text_goes_on() -> None:
+    tokenizer = make_sentencepiece("Of", "course", "here")
+    of, course, here = tokenizer.convert_tokens_to_ids(["\u2581Of", "\u2581course", "\u2581here"])
+    assert list(map(Detokenizer(tokenizer).push, (of, course))) == ["Of", " course"]
+    going_on = Detokenizer(tokenizer, after=[of, course])
+    assert list(map(going_on.push, (here, of))) == [" here", " Of"]
+
+
+def test_half_a_character_before_the_text_hides_nothing_of_it() -> None:
+    tokenizer = make_tokenizer()
+    half, a = tokenizer("é")["input_ids"][0], tokenizer("a")["input_ids"][0]
+    detokenizer = Detokenizer(tokenizer, after=[a, half])
+    assert detokenizer.push(a) == "a"

@@ -17,20 +17,24 @@ from steering.models import LanguageModel, load_model
 from steering.template import TemplateForm
 from tests.conftest import REASONING_TEMPLATE, make_model, with_template
 from tests.server.fakes import body, error_of, http_client, post
+from tests.server.templates import HERMES
 from tests.server.test_hosting import make_monitor, rank_one
 
 NO_THINKING = TemplateForm({"enable_thinking": False})
 PROBES = ("answer_probability", "benign_probability")
 
 
-@pytest.fixture(scope="module")
-def reasoner(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """A saved model with a reasoning template."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    lm = with_template(make_model("llama"), REASONING_TEMPLATE)
+def saved_with(template: str, path: Path) -> LanguageModel:
+    lm = with_template(make_model("llama"), template)
     lm.model.save_pretrained(path)
     lm.tokenizer.save_pretrained(path)
     return load_model(str(path))
+
+
+@pytest.fixture(scope="module")
+def reasoner(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A saved model with a reasoning template."""
+    return saved_with(REASONING_TEMPLATE, tmp_path_factory.mktemp("models") / "tiny")
 
 
 def host_of(
@@ -112,6 +116,30 @@ def test_another_system_prompt_leaves_the_refusal_score_alone(
     assert receipt["monitor"] == "out_of_template"
     assert [receipt[score] for score in PROBES] == [None] * 2
     assert isinstance(receipt["refusal_score"], float)
+
+
+def test_tools_make_another_form_only_where_the_prompt_tells_of_them(tmp_path: Path) -> None:
+    lm = saved_with(HERMES, tmp_path / "tiny")
+    (tmp_path / "profiles").mkdir()
+    host = host_of(lm, tmp_path / "profiles", TemplateForm(), max_model_len=256)
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    ask, go_on = messages(("user", "Hi"), ("user", "And?"))
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    *same, offered, told, continued = receipts(
+        host,
+        {"tools": []},
+        {"tools": tools, "tool_choice": "none"},
+        {"tools": tools},
+        {"messages": [ask, called, go_on]},
+        {"messages": [ask, *messages(("assistant", "Yes"))], "continue_final_message": True},
+    )
+    for receipt in same:
+        assert "monitor" not in receipt
+        assert all(isinstance(receipt[score], float) for score in PROBES)
+    for receipt in (offered, told, continued):
+        assert receipt["monitor"] == "out_of_template"
+        assert [receipt[score] for score in PROBES] == [None] * 2
 
 
 def test_such_replies_are_counted_under_no_class_and_in_no_probe_histogram(

@@ -34,7 +34,7 @@ from server.structured import JsonSchema, ResponseFormat, constrain
 from server.tool_parsers import Call, Text, ToolFormat
 from server.tools import Tool, ToolUse
 from tests.conftest import make_model
-from tests.server.fakes import error_of, http_client, make_host, openai_client, post
+from tests.server.fakes import error_of, events, http_client, make_host, openai_client, post
 from tests.server.templates import with_template
 
 PERSON: dict[str, Any] = {
@@ -542,3 +542,21 @@ def test_without_the_extra_the_400_names_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert refused.status_code == 400 and served.status_code == 200
     assert "pip install 'pilothouse[structured]'" in error_of(refused)["message"]
     assert error_of(refused)["param"] == "response_format"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_grammar_that_grows_too_complex_on_the_way_is_the_requests_own_mistake(
+    host: Host, stream: bool
+) -> None:
+    many = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}
+    response = post(
+        host=host, response_format=person_format(many), seed=1, max_tokens=90, stream=stream
+    )
+    if stream:
+        *_, last, done = events(response)
+        error = last["error"]
+        assert done == "[DONE]"
+    else:
+        assert response.status_code == 400
+        error = error_of(response)
+    assert error["param"] == "response_format" and "simpler schema" in error["message"]
