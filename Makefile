@@ -29,7 +29,7 @@ format: $(VENV)/.test
 bench: $(VENV)/.test  ## benchmarks, ratios taken side by side; one of them by BENCH=engine
 	$(BIN)/python -m tests.benchmarks $(BENCH) $(ARGS)
 
-test-services: $(VENV)/.test  ## tests against a real Prometheus (Debian package: prometheus)
+test-services: $(VENV)/.test  ## tests against a real Prometheus and PostgreSQL (Debian packages: prometheus, postgresql)
 	$(BIN)/python -m pytest tests/services $(ARGS)
 
 clean:
