@@ -12,16 +12,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import alembic.command
 import sqlalchemy as sa
-from alembic.config import Config
-from alembic.util import CommandError
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    SQLAlchemyError,
+    StatementError,
+)
 
 from server.experiments.journal import Record
 from server.experiments.records import AnswerRecord, EventRecord
@@ -153,6 +156,12 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the tables up to date; one process at a time does."""
+        # Alembic tells what it is about to load, at every start.
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        import alembic.command
+        from alembic.config import Config
+        from alembic.util import CommandError
+
         if self._url.get_backend_name() == "sqlite":
             # SQLite would let others read it.
             os.close(os.open(str(self._url.database), os.O_RDWR | os.O_CREAT, 0o600))
@@ -161,11 +170,15 @@ class Database:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             else:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-            logging.getLogger("alembic").setLevel(logging.WARNING)  # of two lines at every start
             config = Config()
             config.set_main_option("script_location", "server.experiments:migrations")
             config.attributes["connection"] = connection
-            alembic.command.upgrade(config, "head")
+            try:
+                alembic.command.upgrade(config, "head")
+            except CommandError as error:
+                raise DatabaseError(
+                    f"{self.name} was made by another version of pilothouse: {error}"
+                ) from None
             connection.commit()
 
     def write(self, records: Sequence[Record]) -> list[tuple[Record, str]]:
@@ -177,7 +190,9 @@ class Database:
         with self._using():
             try:
                 self._write(records)
-            except (DataError, IntegrityError, ValueError, OverflowError) as error:
+            except (StatementError, ValueError, OverflowError) as error:
+                if not _is_about_values(error):
+                    raise
                 if len(records) == 1:
                     return [(records[0], _reason(error))]
             else:
@@ -275,10 +290,6 @@ class Database:
     def _using(self) -> Iterator[None]:
         try:
             yield
-        except CommandError as error:
-            raise DatabaseError(
-                f"{self.name} was made by another version of pilothouse: {error}"
-            ) from None
         except SQLAlchemyError as error:
             raise DatabaseError(f"{self.name}: {_reason(error)}") from None
 
@@ -296,11 +307,13 @@ def _parse(text: str) -> sa.URL:
             "--experiments-db is no URL: write sqlite:///file or postgresql://user@host/name"
         ) from None
     if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
-        if find_spec("psycopg") is None:
+        try:
+            import psycopg  # noqa: F401
+        except ImportError as error:
             raise ValueError(
                 "--experiments-db names a PostgreSQL, whose driver is missing: "
-                "pip install 'pilothouse[postgres]'"
-            )
+                f"pip install 'pilothouse[postgres]' ({error})"
+            ) from None
         return url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ValueError(
@@ -321,6 +334,11 @@ def _configure_sqlite(connection: Any, _: Any) -> None:
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.close()
+
+
+def _is_about_values(error: Exception) -> bool:
+    """True where the statement can never succeed with these values."""
+    return isinstance(error, DataError | IntegrityError) or not isinstance(error, DBAPIError)
 
 
 def _reason(error: Exception) -> str:

@@ -115,6 +115,9 @@ class DatabaseWriter:
                     idle = not self._move()
             except Exception as error:
                 self._fail(error)
+                # What comes back may be another server, or an empty one.
+                self._database.close()
+                self._migrated = False
                 if last:
                     return
                 self._wait(delay * random.uniform(0.5, 1.0))

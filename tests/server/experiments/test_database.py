@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from server.experiments import database as module
 from server.experiments.database import Database, DatabaseError
 from tests.server.experiments.contract import *  # noqa: F403
 from tests.server.experiments.records import answer
@@ -51,7 +50,7 @@ def test_a_url_that_cannot_work_is_one_line_without_its_password(url: str, says:
 def test_postgresql_without_its_driver_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ValueError, match=r"pip install 'pilothouse\[postgres\]'"):
         Database("postgresql://host/db")
 

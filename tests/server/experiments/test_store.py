@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from server.errors import UnavailableError
 from server.experiments import store, writer
@@ -90,6 +91,44 @@ def test_a_database_that_goes_and_comes_back_gets_everything_once(
     assert len([r for r in caplog.records if "nobody listens" in r.getMessage()]) == 2
     assert list(records.answers("tone", 1)) == [answer(i) for i in range(20)]
     assert records.lost == 0
+    records.close()
+
+
+def test_a_full_database_gets_everything_once_there_is_room(url: str, tmp_path: Path) -> None:
+    records = make_records(tmp_path / "journal", url)
+    assert records.database is not None
+    records.database.migrate()
+    pages = [20]
+
+    def limit(connection: Any, _: Any) -> None:
+        connection.execute(f"PRAGMA max_page_count = {pages[0]}")
+
+    records.database.close()
+    sa.event.listen(records.database.engine, "connect", limit)
+    for i in range(600):
+        records.append(answer(i))
+    records.start()
+    wait_until(lambda: records.state == "failing")
+    assert records.pending > 0
+    records.append(answer(600))
+    pages[0] = 2**30
+    wait_until(lambda: records.pending == 0)
+    assert list(records.answers("tone", 1)) == [answer(i) for i in range(601)]
+    assert records.lost == 0
+    records.close()
+
+
+def test_a_database_that_was_emptied_gets_its_tables_again(url: str, tmp_path: Path) -> None:
+    records = make_records(tmp_path / "journal", url)
+    records.start()
+    records.append(answer(1))
+    assert records.flush(30) and records.database is not None
+    with records.database.engine.begin() as connection:
+        for table in ("experiment_answers", "experiment_events", "experiment_schema_version"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+    records.append(answer(2))
+    wait_until(lambda: records.pending == 0)
+    assert list(records.answers("tone", 1)) == [answer(2)]
     records.close()
 
 
