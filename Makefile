@@ -32,7 +32,7 @@ bench: $(VENV)/.test  ## benchmarks, ratios taken side by side; one of them by B
 test-load: $(VENV)/.test  ## a server under disconnects, faults, overload and a long soak (ten minutes)
 	$(BIN)/python -m pytest tests/load $(ARGS)
 
-test-services: $(VENV)/.test  ## tests against a real Prometheus (Debian package: prometheus)
+test-services: $(VENV)/.test  ## tests against a real Prometheus and PostgreSQL (Debian packages: prometheus, postgresql)
 	$(BIN)/python -m pytest tests/services $(ARGS)
 
 clean:

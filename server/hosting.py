@@ -16,6 +16,7 @@ from server.access import Access
 from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
+from server.experiments.store import Records, open_records
 from server.grammar import GrammarCompiler
 from server.profiles import ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
@@ -72,6 +73,7 @@ class Host:
         limits: what else is refused before any work.
         access: who may do what; without keys, everybody who can connect may do everything.
         tool_parser: how the model writes tool calls.
+        records: of experiments; None if nobody asked for any.
     """
 
     engine: Engine
@@ -87,6 +89,7 @@ class Host:
     access: Access = field(default_factory=Access)
     cors_origins: tuple[str, ...] = ()
     tool_parser: ToolParserSetting = "auto"
+    records: Records | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -95,12 +98,16 @@ class Host:
         """Start the engine, unless that was done. Raises ValueError if it cannot start."""
         if not self._started:
             self.engine.start()
+            if self.records is not None:
+                self.records.start()
             self._started = True
 
     def close(self) -> None:
         self.draining = True
         self.engine.close()
         self.access.audit.close()
+        if self.records is not None:
+            self.records.close()
 
     @cached_property
     def token_texts(self) -> TokenTexts:
@@ -139,6 +146,7 @@ def open_host(settings: Settings) -> Host:
     Raises ValueError, in one line that says what to do, for whatever cannot be served.
     """
     access = open_access(settings)
+    records = open_records(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     lm = _load(settings)
@@ -190,6 +198,7 @@ def open_host(settings: Settings) -> Host:
         access=access,
         cors_origins=tuple(settings.cors_origin),
         tool_parser=settings.tool_parser,
+        records=records,
     )
 
 
