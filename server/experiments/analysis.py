@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -119,6 +119,7 @@ class Answers:
     stops: Mapping[str, float]
     crossed: Sequence[str]
     counts: Mapping[str, int]
+    _series: dict[tuple[str, bool], Series] = field(default_factory=dict, compare=False)
 
     @property
     def arms(self) -> dict[str, int]:
@@ -127,13 +128,15 @@ class Answers:
     def series(self, what: Metric | Score, *, sticky: bool = True) -> Series:
         """Values of exposures."""
         arms = self.arms
-        return _series(
-            [
-                (value, r.unit, arms[r.arm], r.time, _arrival(r))
-                for r in (self.exposures if sticky else self.unsticky)
-                if (value := measured(what, r)) is not None
-            ]
-        )
+        if (what, sticky) not in self._series:
+            self._series[what, sticky] = _series(
+                [
+                    (value, r.unit, arms[r.arm], r.time, _arrival(r))
+                    for r in (self.exposures if sticky else self.unsticky)
+                    if (value := measured(what, r)) is not None
+                ]
+            )
+        return self._series[what, sticky]
 
     def paired(self, what: Metric | Score, arm: str, *, sticky: bool = True) -> Series:
         """Differences of an arm's and control's answers to the same prompts."""

@@ -10,10 +10,10 @@ import numpy as np
 from server.experiments.analysis import measured
 from server.experiments.definitions import Experiment, GuardRail, Metric
 from server.experiments.records import AnswerRecord
-from server.experiments.sequential import Boundary
+from server.experiments.sequential import Boundary, rate_bounds
 
 LEAST_UNITS = 10
-"""Before a guard-rail may fire: one user's requests say nothing about the others'."""
+"""Effective ones, before a guard-rail may fire: one user's requests say nothing of the others'."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,8 @@ class Fired:
 class Watch:
     """One guard-rail on one arm, fed answer by answer, in constant time.
 
-    The lower confidence bound is that of `sequential.running_mean` and its boundary, one-sided at
-    `alpha`: a rate that is at the limit sets it off with probability alpha at most, over the
-    arm's whole life.
+    The lower confidence bound is one-sided at `alpha`, the lower of two: a rate that is at the
+    limit sets it off with probability alpha at most, over the arm's whole life.
     """
 
     rail: GuardRail
@@ -69,15 +68,19 @@ class Watch:
     @property
     def low(self) -> float:
         """Lower confidence bound, `-inf` while there are too few units."""
-        units = len(self.units)
-        if units < LEAST_UNITS:
+        if self.n**2 < LEAST_UNITS * self.nn:
             return -math.inf
+        effective = self.n**2 / self.nn
         # One success and one failure more in the variance, as `running_mean` has it.
         centre = (self.total + 1) / (self.n + 2)
         spread = max(0.0, self.yy - 2 * centre * self.yn + centre**2 * self.nn)
         spread += centre**2 + (1 - centre) ** 2
-        se = math.sqrt(spread * units / (units - 1)) / self.n
-        return self.total / self.n - float(self.boundary.factor(np.array(self.n))) * se
+        se = math.sqrt(spread * effective / (effective - 1)) / self.n
+        n = np.array(self.n)
+        rate, factor = self.total / n, self.boundary.factor(n)
+        low, _ = rate_bounds(rate, np.array(se), n, factor)
+        # Wilson's bound is too high for rates near 0, the plain one for rates near 1.
+        return float(min(low, rate - factor * se))
 
     @property
     def fires(self) -> bool:

@@ -22,7 +22,7 @@ from server.experiments.analysis import METRICS, SCORES, Answers, Score
 from server.experiments.correction import Corrector
 from server.experiments.definitions import Arm, Experiment, Metric
 from server.experiments.records import AnswerRecord, EventRecord
-from server.experiments.sequential import ConfidenceSequence, Floats
+from server.experiments.sequential import ConfidenceSequence, Floats, rate_bounds
 from server.experiments.verdict import Decision, decide
 from steering.evaluate.statistics import holm, mcnemar
 from steering.judge_set import Card
@@ -255,7 +255,7 @@ def _arm(answers: Answers, arm: Arm, corrector: Corrector) -> ArmReport:
         len({record.unit for record in mine}),
         len(mine),
         sum(record.outcome in (None, "error") for record in mine),
-        {metric: _interval(rate, (0.0, 1.0)) for metric, rate in rates.items()},
+        {metric: _rate(rate) for metric, rate in rates.items()},
         {
             metric: Bounds(found.estimate, found.low, found.high)
             for metric, rate in rates.items()
@@ -268,9 +268,7 @@ def _arm(answers: Answers, arm: Arm, corrector: Corrector) -> ArmReport:
         _latency([record for record in (*mine, *loose) if record.finish_reason != "error"]),
         len(loose),
         {
-            metric: _interval(
-                analysis.arm_sequence(answers, metric, name, sticky=False), (0.0, 1.0)
-            )
+            metric: _rate(analysis.arm_sequence(answers, metric, name, sticky=False))
             for metric in METRICS
         }
         if loose
@@ -374,6 +372,14 @@ def _interval(sequence: ConfidenceSequence, limits: tuple[float, float] | None) 
     return Interval(float(value), low, high, int(n), int(units))
 
 
+def _rate(sequence: ConfidenceSequence) -> Interval:
+    found = _interval(sequence, None)
+    if found.low is None:
+        return found
+    low, high = rate_bounds(sequence.estimate, sequence.se, sequence.n, sequence.factor)
+    return dataclasses.replace(found, low=float(low[-1]), high=float(high[-1]))
+
+
 def _looks(sequence: ConfidenceSequence, times: Floats) -> list[Look]:
     known = np.flatnonzero(np.isfinite(sequence.se))
     if not len(known):
@@ -397,7 +403,8 @@ def _warnings(report: Report, answers: Answers, corrector: Corrector) -> Iterato
     if report.sample_ratio.mismatch:
         yield (
             f"Units are not spread over the arms as the weights say (p = "
-            f"{report.sample_ratio.p:.2g}): something loses or adds answers of some arms. No verdict on exposures stands."
+            f"{report.sample_ratio.p:.2g}): something loses or adds answers of some "
+            "arms. No verdict on exposures stands."
         )
     if answers.crossed:
         yield (

@@ -40,7 +40,8 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 LEAST_UNITS = 25
-"""Of each arm, before there is an interval."""
+"""Of each arm, before there is an interval: effective units, so that one that sends most of the
+requests does not pass for many."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ class Running:
     Args:
         n: values so far, `[N]`.
         units: units so far, `[N]`.
+        effective: units of one size that would weigh as much, `n^2 / sum N_u^2` (Kish 1965), `[N]`.
         mean, se: `[N]`.
     """
 
     n: Ints
     units: Ints
+    effective: Floats
     mean: Floats
     se: Floats
 
@@ -125,8 +128,29 @@ def running_mean(
         extra = (low - centre) ** 2 + (high - centre) ** 2
     spread = np.maximum(yy - 2 * centre * yn + centre**2 * nn, 0.0) + extra
     with np.errstate(divide="ignore", invalid="ignore"):
-        se = np.sqrt(np.where(seen > 1, spread * seen / (seen - 1), np.inf)) / n
-    return Running(n, seen, mean, se)
+        effective = n**2 / nn
+        few = effective < 1 + 1e-9
+        se = np.sqrt(np.where(few, np.inf, spread * effective / (effective - 1))) / n
+    return Running(n, seen, effective, mean, se)
+
+
+def rate_bounds(
+    mean: Floats, se: Floats, n: Floats | Ints, factor: Floats
+) -> tuple[Floats, Floats]:
+    """Wilson's interval (1927) of rates, of as many independent values as would have these errors.
+
+    Near 0 and 1 an interval of the same reach to both sides is wrong too often.
+
+    Args:
+        se: as `running_mean` has it, with extremes; where it is infinite the interval is [0, 1].
+        factor: in place of the normal quantile.
+    """
+    drawn = (mean * n + 1) / (n + 2)  # what the standard error is of
+    effective = np.minimum(n, drawn * (1 - drawn) / np.square(se))
+    z2 = np.square(factor)
+    centre = (mean * effective + z2 / 2) / (effective + z2)
+    reach = factor * np.sqrt(mean * (1 - mean) * effective + z2 / 4) / (effective + z2)
+    return np.maximum(0.0, centre - reach), np.minimum(1.0, centre + reach)
 
 
 def _before(values: Floats, units: Ints) -> tuple[Floats, Floats]:
@@ -183,7 +207,9 @@ def mean_sequence(
 ) -> ConfidenceSequence:
     """Confidence sequence for a mean: of one arm, or of paired differences. See `running_mean`."""
     found = running_mean(values, units, extremes=extremes)
-    return _sequence(boundary, found.n - 1, found.n, found.units, found.units, found.mean, found.se)
+    return _sequence(
+        boundary, found.n - 1, found.n, found.units, found.effective, found.mean, found.se
+    )
 
 
 def difference_sequence(
@@ -216,14 +242,14 @@ def difference_sequence(
         both,
         one.n[i] + other.n[j],
         one.units[i] + other.units[j],
-        np.minimum(one.units[i], other.units[j]),
+        np.minimum(one.effective[i], other.effective[j]),
         one.mean[i] - other.mean[j],
         np.hypot(one.se[i], other.se[j]),
     )
 
 
 def _sequence(
-    boundary: Boundary, at: Ints, n: Ints, units: Ints, fewest: Ints, estimate: Floats, se: Floats
+    boundary: Boundary, at: Ints, n: Ints, units: Ints, fewest: Floats, estimate: Floats, se: Floats
 ) -> ConfidenceSequence:
     se = np.where(fewest >= LEAST_UNITS, se, np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
