@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -127,15 +127,16 @@ class Answers:
 
     def series(self, what: Metric | Score, *, sticky: bool = True) -> Series:
         """Values of exposures."""
-        arms = self.arms
+        records = self.exposures if sticky else self.unsticky
+        if ("", sticky) not in self._series:
+            arms = self.arms
+            rows = [(0.0, r.unit, arms[r.arm], r.time, _arrival(r)) for r in records]
+            self._series["", sticky] = _series(rows)
         if (what, sticky) not in self._series:
-            self._series[what, sticky] = _series(
-                [
-                    (value, r.unit, arms[r.arm], r.time, _arrival(r))
-                    for r in (self.exposures if sticky else self.unsticky)
-                    if (value := measured(what, r)) is not None
-                ]
-            )
+            # numpy makes None nan.
+            values = np.array([measured(what, r) for r in records], float)
+            every = replace(self._series["", sticky], values=values)
+            self._series[what, sticky] = every.where(~np.isnan(values))
         return self._series[what, sticky]
 
     def paired(self, what: Metric | Score, arm: str, *, sticky: bool = True) -> Series:
