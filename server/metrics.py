@@ -7,7 +7,7 @@ rates are right from the first event. Labels are never text of clients.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import get_args
 from weakref import WeakSet
 
@@ -127,6 +127,27 @@ class Metrics:
             "model", "architecture", "weights", "revision", "dtype", "device",
         )  # fmt: skip
         self.build_info = self._gauge("build_info", "Always 1; what runs.", "version", "torch")
+        self.exposures = self._counter(
+            "experiment_exposures", "Requests answered under an arm.", "experiment", "arm"
+        )
+        self.experiment_judged = self._counter(
+            "experiment_responses_judged",
+            "Replies judged, by the arm that answered.",
+            "experiment", "arm", "prompt_class", "outcome",
+        )  # fmt: skip
+        self.arm_share = self._gauge(
+            "experiment_arm_share_ratio",
+            "Share of an experiment's units that an arm should have.",
+            "experiment",
+            "arm",
+        )
+        self.guardrail_stops = self._counter(
+            "guardrail_stops", "Arms stopped by a guard-rail.", "experiment", "arm"
+        )
+        self.records_pending = self._gauge(
+            "records_pending", "Records in the journal that the database does not hold yet."
+        )
+        self.records_lost = self._counter("records_lost", "Records that could not be kept.")
         self.audit_lost = self._counter(
             "audit_records_lost", "Lines that the audit log could not keep."
         )
@@ -160,6 +181,27 @@ class Metrics:
         self.profile_info.remove(profile, fingerprint[:12], method)
         self._retired.add(profile)
         self._sweep()
+
+    def add_experiment(self, experiment: str, shares: Mapping[str, float]) -> None:
+        """An experiment is served from now on.
+
+        Args:
+            shares: of the units, by arm; they add up to 1.
+        """
+        for arm, share in shares.items():
+            self.arm_share.labels(experiment, arm).set(share)
+            self.exposures.labels(experiment, arm)
+            self.guardrail_stops.labels(experiment, arm)
+            for prompt_class in PROMPT_CLASSES:
+                for outcome in JUDGED:
+                    self.experiment_judged.labels(experiment, arm, prompt_class, outcome)
+
+    def retire_experiment(self, experiment: str) -> None:
+        """An experiment is served no more."""
+        for metric in (
+            self.arm_share, self.exposures, self.guardrail_stops, self.experiment_judged
+        ):  # fmt: skip
+            metric.remove_by_labels({"experiment": experiment})
 
     def _sweep(self) -> None:
         gone = self._retired - {meter.profile for meter in self._meters}
