@@ -36,6 +36,7 @@ GATE = (-100.0, -30.0, -10.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 
 JUDGE = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
+SHADOW_RESULTS = ("answered", "failed", "dropped")
 PROMPT_CLASSES = get_args(PromptClass)
 JUDGED: tuple[Outcome, ...] = tuple(o for o in get_args(Outcome) if o != "error")
 
@@ -127,9 +128,20 @@ class Metrics:
             "model", "architecture", "weights", "revision", "dtype", "device",
         )  # fmt: skip
         self.build_info = self._gauge("build_info", "Always 1; what runs.", "version", "torch")
-        self.exposures = self._counter(
-            "experiment_exposures", "Requests answered under an arm.", "experiment", "arm"
+        self.audit_lost = self._counter(
+            "audit_records_lost", "Lines that the audit log could not keep."
         )
+        self.exposures = self._counter(
+            "experiment_exposures", "Answers of an experiment's arm.", "experiment", "arm"
+        )
+        self.guardrail_stops = self._counter(
+            "guardrail_stops", "Arms that a guard-rail stopped.", "experiment", "arm"
+        )
+        self.shadows = self._counter(
+            "experiment_shadows",
+            "Unseen answers of the other arms: answered, failed, or dropped for want of room.",
+            "experiment", "result",
+        )  # fmt: skip
         self.experiment_judged = self._counter(
             "experiment_responses_judged",
             "Replies judged, by the arm that answered.",
@@ -141,15 +153,14 @@ class Metrics:
             "experiment",
             "arm",
         )
-        self.guardrail_stops = self._counter(
-            "guardrail_stops", "Arms stopped by a guard-rail.", "experiment", "arm"
+        self.judgements_lost = self._counter(
+            "judgements_lost", "Replies that the classifier did not judge."
         )
         self.records_pending = self._gauge(
-            "records_pending", "Records in the journal that the database does not hold yet."
+            "records_pending", "Records of experiments that wait for the database."
         )
-        self.records_lost = self._counter("records_lost", "Records that could not be kept.")
-        self.audit_lost = self._counter(
-            "audit_records_lost", "Lines that the audit log could not keep."
+        self.records_lost = self._counter(
+            "records_lost", "Records of experiments that could not be kept."
         )
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by route and class of status.",
@@ -195,11 +206,14 @@ class Metrics:
             for prompt_class in PROMPT_CLASSES:
                 for outcome in JUDGED:
                     self.experiment_judged.labels(experiment, arm, prompt_class, outcome)
+        for result in SHADOW_RESULTS:
+            self.shadows.labels(experiment, result)
 
     def retire_experiment(self, experiment: str) -> None:
         """An experiment is served no more."""
         for metric in (
-            self.arm_share, self.exposures, self.guardrail_stops, self.experiment_judged
+            self.arm_share, self.exposures, self.guardrail_stops, self.shadows,
+            self.experiment_judged,
         ):  # fmt: skip
             metric.remove_by_labels({"experiment": experiment})
 

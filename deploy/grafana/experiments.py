@@ -167,8 +167,21 @@ def experiments() -> Json:
                     {
                         "{{arm}}": f"sum by (arm) ({select('guardrail_stops_total', chosen, by_profile=False)})"
                     },
-                    width=8,
+                    width=16,
                     instant=True,
+                ),
+                panel(
+                    "timeseries",
+                    "Shadow answers",
+                    "Of the other arms to the same prompts, per second; dropped where there was no room for them.",
+                    "reqps",
+                    {
+                        "{{result}}": rate(
+                            "experiment_shadows_total", "result", chosen, by_profile=False
+                        )
+                    },
+                    width=8,
+                    stacked=True,
                 ),
                 panel(
                     "timeseries",
@@ -176,18 +189,17 @@ def experiments() -> Json:
                     "Kept in the journal until then. A rising line: the database is absent, full or slow.",
                     "short",
                     {"{{instance}}": select("records_pending", by_profile=False)},
-                    width=8,
                 ),
                 panel(
                     "timeseries",
                     "Records lost",
-                    "Per second; must be 0. Of experiments, and lines of the audit log.",
+                    "Per second; must be 0. Records of experiments, lines of the audit log, and replies that the classifier did not judge.",
                     "ops",
                     {
                         "records": rate("records_lost_total", by_profile=False),
                         "audit log": rate("audit_records_lost_total", by_profile=False),
+                        "judgements": rate("judgements_lost_total", by_profile=False),
                     },
-                    width=8,
                 ),
             ],
         },

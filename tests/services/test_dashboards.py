@@ -38,6 +38,7 @@ WINDOW = "30s"
 EXPERIMENT_METRICS = (
     "steering_experiment_exposures", "steering_experiment_responses_judged",
     "steering_experiment_arm_share_ratio", "steering_guardrail_stops",
+    "steering_experiment_shadows",
 )  # fmt: skip
 
 
