@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.metrics import Metrics
-from tests.deploy.conftest import DASHBOARDS, DEPLOY, RULES
+from tests.deploy.conftest import DASHBOARDS, DEPLOY
 
 # A recorded series has colons around the metric's name.
 _METRIC = re.compile(r"(?<![:\w])steering_[a-z0-9_]+\b(?!:)")
@@ -36,7 +36,12 @@ def used(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [*DASHBOARDS, *RULES, *sorted((DEPLOY / "prometheus/tests").glob("*.yml"))],
+    [
+        *DASHBOARDS,
+        *RULES,
+        *(DEPLOY / "prometheus/consoles").glob("*"),
+        *sorted((DEPLOY / "prometheus/tests").glob("*.yml")),
+    ],
     ids=lambda path: path.name,
 )
 def test_every_metric_that_is_asked_for_exists(path: Path) -> None:

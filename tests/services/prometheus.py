@@ -45,7 +45,7 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(config: Path, data: Path) -> Iterator[Prometheus]:
+def running_prometheus(config: Path, data: Path, *flags: str) -> Iterator[Prometheus]:
     program = require_tool("prometheus")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,6 +58,7 @@ def running_prometheus(config: Path, data: Path) -> Iterator[Prometheus]:
                 f"--config.file={config}",
                 f"--storage.tsdb.path={data}",
                 f"--web.listen-address={where}",
+                *flags,
             ],
             stdout=file,
             stderr=file,

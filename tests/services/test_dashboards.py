@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -82,7 +83,8 @@ def prometheus(
         job["authorization"]["credentials_file"] = str(keys / "scrape/scrape.key")
         job["static_configs"] = [{"targets": [address.removeprefix("http://"), exporter]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        with running_prometheus(folder / "prometheus.yml", folder / "data") as prometheus:
+        console = f"--web.console.templates={DEPLOY / 'prometheus/consoles'}"
+        with running_prometheus(folder / "prometheus.yml", folder / "data", console) as prometheus:
             yield prometheus
 
 
@@ -158,6 +160,17 @@ def test_every_rule_is_evaluated_without_error(prometheus: Prometheus) -> None:
     assert [name for name in recorded if not prometheus.wait_for(f"{{__name__='{name}'}}")] == []
     firing = {alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"]}
     assert "SteeringDown" not in firing
+
+
+@pytest.mark.usefixtures("traffic")
+def test_the_console_shows_rates_without_grafana(prometheus: Prometheus) -> None:
+    answer = httpx2.get(f"{prometheus.address}/consoles/refusals.html")
+    assert answer.status_code == 200, answer.text
+    for shown in ("benign prompts", "llm-va", "raw"):
+        assert shown in answer.text
+    rows = re.findall(r'"number">([\d.]+) to ([\d.]+) %', answer.text)
+    assert rows and all(0 <= float(low) < float(high) <= 100 for low, high in rows)
+    assert "NaN" not in answer.text
 
 
 def test_intervals_in_promql_are_wilsons(prometheus: Prometheus) -> None:
