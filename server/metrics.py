@@ -7,7 +7,7 @@ rates are right from the first event. Labels are never text of clients.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import get_args
 from weakref import WeakSet
 
@@ -36,6 +36,7 @@ GATE = (-100.0, -30.0, -10.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 
 JUDGE = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
+SHADOW_RESULTS = ("answered", "failed", "dropped")
 PROMPT_CLASSES = get_args(PromptClass)
 JUDGED: tuple[Outcome, ...] = tuple(o for o in get_args(Outcome) if o != "error")
 
@@ -130,6 +131,31 @@ class Metrics:
         self.audit_lost = self._counter(
             "audit_records_lost", "Lines that the audit log could not keep."
         )
+        self.exposures = self._counter(
+            "experiment_exposures", "Answers of an experiment's arm.", "experiment", "arm"
+        )
+        self.guardrail_stops = self._counter(
+            "guardrail_stops", "Arms that a guard-rail stopped.", "experiment", "arm"
+        )
+        self.shadows = self._counter(
+            "experiment_shadows",
+            "Unseen answers of the other arms: answered, failed, or dropped for want of room.",
+            "experiment", "result",
+        )  # fmt: skip
+        self.experiment_judged = self._counter(
+            "experiment_responses_judged",
+            "Replies judged, by the arm that answered.",
+            "experiment", "arm", "prompt_class", "outcome",
+        )  # fmt: skip
+        self.arm_share = self._gauge(
+            "experiment_arm_share_ratio",
+            "Share of an experiment's units that an arm should have.",
+            "experiment",
+            "arm",
+        )
+        self.judgements_lost = self._counter(
+            "judgements_lost", "Replies that the classifier did not judge."
+        )
         self.records_pending = self._gauge(
             "records_pending", "Records of experiments that wait for the database."
         )
@@ -166,6 +192,30 @@ class Metrics:
         self.profile_info.remove(profile, fingerprint[:12], method)
         self._retired.add(profile)
         self._sweep()
+
+    def add_experiment(self, experiment: str, shares: Mapping[str, float]) -> None:
+        """An experiment is served from now on.
+
+        Args:
+            shares: of the units, by arm; they add up to 1.
+        """
+        for arm, share in shares.items():
+            self.arm_share.labels(experiment, arm).set(share)
+            self.exposures.labels(experiment, arm)
+            self.guardrail_stops.labels(experiment, arm)
+            for prompt_class in PROMPT_CLASSES:
+                for outcome in JUDGED:
+                    self.experiment_judged.labels(experiment, arm, prompt_class, outcome)
+        for result in SHADOW_RESULTS:
+            self.shadows.labels(experiment, result)
+
+    def retire_experiment(self, experiment: str) -> None:
+        """An experiment is served no more."""
+        for metric in (
+            self.arm_share, self.exposures, self.guardrail_stops, self.shadows,
+            self.experiment_judged,
+        ):  # fmt: skip
+            metric.remove_by_labels({"experiment": experiment})
 
     def _sweep(self) -> None:
         gone = self._retired - {meter.profile for meter in self._meters}

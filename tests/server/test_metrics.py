@@ -9,6 +9,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.base import QueueFullError, StepFailedError
+from server.metrics import Metrics
 from steering.template import TemplateForm
 from tests.server.fakes import FakeEngine, body, http_client, make_host
 
@@ -164,3 +165,17 @@ def test_http_requests_are_counted_by_route_template_and_class_of_status() -> No
 def test_two_apps_in_one_process_count_apart() -> None:
     assert value(scrape(body()), "requests_total", profile="raw", finish_reason="stop") == 1
     assert value(scrape(body()), "requests_total", profile="raw", finish_reason="stop") == 1
+
+
+def test_an_experiments_series_exist_at_zero_and_go_with_it() -> None:
+    metrics = Metrics([])
+    metrics.add_experiment("trial", {"control": 0.75, "treated": 0.25})
+    page = metrics.page("")[0].decode()
+    for arm, share in (("control", 0.75), ("treated", 0.25)):
+        labels = f'{{arm="{arm}",experiment="trial"}}'
+        assert f"steering_experiment_arm_share_ratio{labels} {share}" in page
+        assert f"steering_experiment_exposures_total{labels} 0.0" in page
+        assert f"steering_guardrail_stops_total{labels} 0.0" in page
+    assert page.count("steering_experiment_responses_judged_total{") == 2 * 3 * 4
+    metrics.retire_experiment("trial")
+    assert "trial" not in metrics.page("")[0].decode()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import time
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from server.hosting import open_host
 from server.settings import Settings
 from tests.server.live import live_server
 from tests.services.conftest import require_tool
+from tests.services.prometheus import running_prometheus
 
 PROFILES = ("raw", "llm-va", "alphasteer", "optimal-transport")
 
@@ -47,7 +45,6 @@ def test_promtool_finds_nothing_wrong_with_the_metrics(address: str) -> None:
 
 
 def test_a_real_prometheus_scrapes_every_profile(address: str, tmp_path: Path) -> None:
-    prometheus = require_tool("prometheus")
     config = tmp_path / "prometheus.yml"
     target = address.removeprefix("http://")
     config.write_text(
@@ -56,46 +53,8 @@ def test_a_real_prometheus_scrapes_every_profile(address: str, tmp_path: Path) -
         "  - job_name: pilothouse\n"
         f"    static_configs: [{{targets: ['{target}']}}]\n"
     )
-    port = _free_port()
-    process = subprocess.Popen(
-        [
-            prometheus,
-            f"--config.file={config}",
-            f"--storage.tsdb.path={tmp_path / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        found = _query(port, "sum by (profile) (steering_requests_total) >= 1", len(PROFILES))
-        assert {series["metric"]["profile"] for series in found} == set(PROFILES)
+    with running_prometheus(config, tmp_path / "data") as prometheus:
         judged = 'steering_responses_judged_total{outcome="answer",prompt_class="benign"} >= 1'
-        assert {s["metric"]["profile"] for s in _query(port, judged, len(PROFILES))} == set(
-            PROFILES
-        )
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _query(port: int, promql: str, series: int) -> list[dict[str, dict[str, str]]]:
-    """The result of a query, once it has that many series; within 30 seconds."""
-    found: list[dict[str, dict[str, str]]] = []
-    url = f"http://127.0.0.1:{port}/api/v1/query?{urllib.parse.urlencode({'query': promql})}"
-    deadline = time.monotonic() + 30
-    while len(found) < series and time.monotonic() < deadline:
-        time.sleep(0.5)
-        try:
-            found = json.loads(httpx2.get(url).text)["data"]["result"]
-        except (httpx2.TransportError, KeyError, json.JSONDecodeError):
-            continue
-    return found
+        for query in ("sum by (profile) (steering_requests_total) >= 1", judged):
+            found = prometheus.wait_for(query, len(PROFILES))
+            assert {series["metric"]["profile"] for series in found} == set(PROFILES)
