@@ -36,6 +36,7 @@ GATE = (-100.0, -30.0, -10.0, -3.0, -1.0, -0.3, 0.0, 0.3, 1.0, 3.0, 10.0, 30.0, 
 JUDGE = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
+SHADOW_RESULTS = ("answered", "failed", "dropped")
 PROMPT_CLASSES = get_args(PromptClass)
 JUDGED: tuple[Outcome, ...] = tuple(o for o in get_args(Outcome) if o != "error")
 
@@ -130,6 +131,20 @@ class Metrics:
         self.audit_lost = self._counter(
             "audit_records_lost", "Lines that the audit log could not keep."
         )
+        self.exposures = self._counter(
+            "experiment_exposures", "Answers of an experiment's arm.", "experiment", "arm"
+        )
+        self.guardrail_stops = self._counter(
+            "guardrail_stops", "Arms that a guard-rail stopped.", "experiment", "arm"
+        )
+        self.shadows = self._counter(
+            "experiment_shadows",
+            "Unseen answers of the other arms: answered, failed, or dropped for want of room.",
+            "experiment", "result",
+        )  # fmt: skip
+        self.judgements_lost = self._counter(
+            "judgements_lost", "Replies that the classifier did not judge."
+        )
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by route and class of status.",
             "route", "method", "status",
@@ -160,6 +175,19 @@ class Metrics:
         self.profile_info.remove(profile, fingerprint[:12], method)
         self._retired.add(profile)
         self._sweep()
+
+    def add_experiment(self, name: str, arms: Iterable[str]) -> None:
+        """Units may be exposed to these arms from now on."""
+        for arm in arms:
+            self.exposures.labels(name, arm)
+            self.guardrail_stops.labels(name, arm)
+        for result in SHADOW_RESULTS:
+            self.shadows.labels(name, result)
+
+    def retire_experiment(self, name: str) -> None:
+        """An experiment is known no more."""
+        for metric in (self.exposures, self.guardrail_stops, self.shadows):
+            metric.remove_by_labels({"experiment": name})
 
     def _sweep(self) -> None:
         gone = self._retired - {meter.profile for meter in self._meters}
@@ -205,14 +233,19 @@ class Metrics:
         self.waiting.set(stats.waiting)
         self.slots_used.set(stats.slots_used)
 
-    def page(self, accept: str, hidden: Collection[str] = ()) -> tuple[bytes, str]:
+    def page(
+        self, accept: str, hidden: Collection[str] = (), hidden_experiments: Collection[str] = ()
+    ) -> tuple[bytes, str]:
         """The metrics page in the format that the scraper prefers, and its content type.
 
         Args:
             hidden: profiles whose series are summed under `restricted`.
+            hidden_experiments: likewise, of all arms.
         """
         encode, content_type = choose_encoder(accept)
-        registry = RedactedRegistry(self.registry, hidden) if hidden else self.registry
+        registry = self.registry
+        if hidden or hidden_experiments:
+            registry = RedactedRegistry(registry, hidden, hidden_experiments)
         return encode(registry), content_type
 
     @property
@@ -224,24 +257,26 @@ class Metrics:
         )
 
 
-class ReplyMeter:
-    """Counts one reply, exactly once however it ends.
+class Meter:
+    """Times one reply, and counts its tokens.
 
     Args:
         since: `time.perf_counter()` at the request's arrival.
     """
 
-    def __init__(self, metrics: Metrics, profile: str, prompt_tokens: int, since: float) -> None:
-        self._metrics = metrics
-        self.profile = profile
-        metrics._meters.add(self)
-        self._prompt_tokens = prompt_tokens
+    def __init__(self, since: float) -> None:
         self._since = since
         self._last: float | None = None
-        self._gaps = metrics.inter_token_latency.labels(profile)
-        self._ended = False
+        self._ended: float | None = None
+        self.ttft: float | None = None
+        """Seconds from arrival to the first token."""
         self.tokens = 0
         self.cached_tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        """From arrival to the end, or until now."""
+        return (self._ended or time.perf_counter()) - self._since
 
     def token(
         self,
@@ -250,17 +285,50 @@ class ReplyMeter:
         cached_tokens: int | None = None,
     ) -> None:
         """A token came; the first one brings scores."""
-        now = time.perf_counter()
+        self._last = time.perf_counter()
         self.tokens += 1
-        if self._last is not None:
-            self._gaps.observe(now - self._last)
+        if self.ttft is None:
+            self.ttft = self._last - self._since
+        self.cached_tokens = cached_tokens or self.cached_tokens
+
+    def judged(self, prompt_class: PromptClass, outcome: Outcome, seconds: float) -> None:
+        """A judge has looked at the reply."""
+
+    def end(self, finish_reason: str) -> bool:
+        """The reply ended; only the first call counts, and says so."""
+        if self._ended is not None:
+            return False
+        self._ended = time.perf_counter()
+        return True
+
+
+class ReplyMeter(Meter):
+    """Puts one reply into the metrics, exactly once however it ends."""
+
+    def __init__(self, metrics: Metrics, profile: str, prompt_tokens: int, since: float) -> None:
+        super().__init__(since)
+        self._metrics = metrics
+        self.profile = profile
+        metrics._meters.add(self)
+        self._prompt_tokens = prompt_tokens
+        self._gaps = metrics.inter_token_latency.labels(profile)
+
+    def token(
+        self,
+        scores: PromptScores | None,
+        queue_seconds: float | None,
+        cached_tokens: int | None = None,
+    ) -> None:
+        before = self._last
+        super().token(scores, queue_seconds, cached_tokens)
+        assert self._last is not None
+        if before is not None:
+            self._gaps.observe(self._last - before)
         else:
-            self._metrics.time_to_first_token.labels(self.profile).observe(now - self._since)
-        self._last = now
+            self._metrics.time_to_first_token.labels(self.profile).observe(self._last - self._since)
         if queue_seconds is not None:
             self._metrics.queue_time.observe(queue_seconds)
         if cached_tokens:
-            self.cached_tokens = cached_tokens
             self._metrics.cache_hits.labels(self.profile).inc()
         if scores is not None:
             self._observe(scores)
@@ -282,13 +350,12 @@ class ReplyMeter:
         if outcome == "refusal":
             self._metrics.refusals.labels(self.profile, prompt_class).inc()
 
-    def end(self, finish_reason: str) -> None:
-        """The reply ended; only the first call counts."""
-        if self._ended:
-            return
-        self._ended = True
+    def end(self, finish_reason: str) -> bool:
+        if not super().end(finish_reason):
+            return False
         m, profile = self._metrics, self.profile
         m.requests.labels(profile, finish_reason).inc()
         m.prompt_tokens.labels(profile).inc(self._prompt_tokens)
         m.completion_tokens.labels(profile).inc(self.tokens)
-        m.request_duration.labels(profile).observe(time.perf_counter() - self._since)
+        m.request_duration.labels(profile).observe(self.seconds)
+        return True
