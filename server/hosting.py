@@ -17,8 +17,7 @@ from server.access import Access
 from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
-from server.experiments.registry import Registry
-from server.experiments.store import (
+from server.experiments.interfaces import (
     GuardMaker,
     MemoryRecords,
     Records,
@@ -26,6 +25,7 @@ from server.experiments.store import (
     make_guard,
     make_report,
 )
+from server.experiments.registry import Registry
 from server.grammar import GrammarCompiler
 from server.profiles import MONITOR_FILE, ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings

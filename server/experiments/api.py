@@ -15,9 +15,9 @@ from server.access import Caller, caller_of
 from server.errors import ForbiddenError, InvalidRequestError, UnavailableError
 from server.experiments.choosing import visible
 from server.experiments.definitions import Experiment
+from server.experiments.interfaces import with_judgements
 from server.experiments.recording import Recorder
 from server.experiments.registry import Entry, Stop, unknown_experiment
-from server.experiments.store import with_judgements
 from server.hosting import Host
 from server.openapi import errors
 from server.profiles import finite
@@ -164,7 +164,7 @@ def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Res
     def make() -> Response:
         records = host.records
         answers = with_judgements(records.answers(experiment.name, experiment.version))
-        events = records.events(experiment.name, experiment.version)
+        events = list(records.events(experiment.name, experiment.version))
         report = host.make_report(experiment, answers, events)
         if format == "html":
             page = Response(report.to_html(), media_type="text/html; charset=utf-8")

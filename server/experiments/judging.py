@@ -2,8 +2,8 @@
 
 A classifier (`--judge hf:ID`) reads replies on a thread of its own after they were sent. The
 receipt and the record that is written before the final chunk have the light judge's outcome; the
-classifier's goes into the metrics, and into the records as an update (`store.JUDGED_LATER`). Where
-it cannot keep up, replies stay unread by it and are counted.
+classifier's goes into the metrics, and into the records as an update
+(`interfaces.JUDGED_LATER`). Where it cannot keep up, replies stay unread by it and are counted.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 from server.experiments.definitions import Arm, Experiment
+from server.experiments.interfaces import JUDGED_LATER, Fired, Guard, with_judgements
 from server.experiments.judging import Job, LaterJudge
 from server.experiments.records import AnswerRecord, EventRecord, Kind
 from server.experiments.registry import Entry, Stop
 from server.experiments.shadow import Shadows
-from server.experiments.store import JUDGED_LATER, Fired, Guard, with_judgements
 from server.hosting import Host
 from server.logs import current_request
 from server.metrics import Metrics
@@ -126,11 +126,11 @@ class Recorder:
 
     # Records.
 
-    def _append(self, *records: AnswerRecord | EventRecord) -> None:
+    def _append(self, record: AnswerRecord | EventRecord) -> None:
         try:
-            self.host.records.append(*records)
+            self.host.records.append(record)
         except Exception:  # an answer is worth more than its record
-            logger.exception("%d records were lost", len(records))
+            logger.exception("the record %s was lost", record.id)
 
     def _record_event(
         self, experiment: Experiment, kind: str, arm: str | None, detail: dict[str, object]
@@ -254,12 +254,14 @@ class Recorder:
             return
         try:
             answers = await asyncio.to_thread(
-                self.host.records.answers, experiment.name, experiment.version
+                lambda: with_judgements(
+                    self.host.records.answers(experiment.name, experiment.version)
+                )
             )
         except Exception:
             logger.exception("experiment %s: its guard starts anew", experiment.name)
             return
-        for record in with_judgements(answers):
+        for record in answers:
             self._feed(record)
 
     # Other replicas, and this one before a restart.
@@ -275,7 +277,7 @@ class Recorder:
         experiment, registry = entry.experiment, self.host.experiments
         try:
             events = await asyncio.to_thread(
-                self.host.records.events, experiment.name, experiment.version
+                lambda: list(self.host.records.events(experiment.name, experiment.version))
             )
         except Exception:
             logger.exception("the events of experiment %s cannot be read", experiment.name)

@@ -18,10 +18,10 @@ from fastapi import FastAPI
 from server.audit import AuditLog
 from server.engine.base import EngineRequest, QueueFullError, StepFailedError
 from server.experiments.assignment import hashed
+from server.experiments.interfaces import JUDGED_LATER, MemoryRecords, with_judgements
 from server.experiments.recording import Recorder
 from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.shadow import CLIENT
-from server.experiments.store import JUDGED_LATER, MemoryRecords, with_judgements
 from server.hosting import Host
 from server.settings import Settings
 from steering.judge import Outcome
@@ -107,11 +107,9 @@ def test_a_request_without_a_unit_is_its_own_and_not_sticky() -> None:
 
 def test_the_record_is_there_before_the_end_is_told() -> None:
     class Checking(MemoryRecords):
-        told: list[str]
-
-        def append(self, *records: AnswerRecord | EventRecord) -> None:
+        def append(self, record: AnswerRecord | EventRecord, /) -> None:
             order.append("record")
-            super().append(*records)
+            super().append(record)
 
     order: list[str] = []
     host = hosting(TRIAL)

@@ -8,9 +8,9 @@ from typing import Any
 
 from server.experiments.assignment import assign
 from server.experiments.definitions import Experiment
+from server.experiments.interfaces import MemoryRecords
 from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.registry import Registry
-from server.experiments.store import MemoryRecords
 from server.hosting import Host
 from tests.server.fakes import make_host
 
@@ -50,7 +50,7 @@ def events_of(host: Host, name: str = "trial", version: int = 1) -> list[EventRe
 
 
 class BrokenRecords(MemoryRecords):
-    def append(self, *records: AnswerRecord | EventRecord) -> None:
+    def append(self, record: AnswerRecord | EventRecord, /) -> None:
         raise OSError("no space left on device")
 
 

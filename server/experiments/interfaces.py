@@ -25,16 +25,16 @@ JUDGED_LATER = "#judge"
 class Records(Protocol):
     """Where records are kept. Any thread may call any method."""
 
-    def append(self, *records: AnswerRecord | EventRecord) -> None:
-        """Keep records. Quick, and raises nothing: no answer waits for a disk or fails by one.
+    def append(self, record: AnswerRecord | EventRecord, /) -> None:
+        """Keep a record. Quick, and raises nothing: no answer waits for a disk or fails by one.
         A record whose id is known is the same record."""
         ...
 
-    def answers(self, experiment: str, version: int) -> Sequence[AnswerRecord]:
+    def answers(self, experiment: str, version: int) -> Iterable[AnswerRecord]:
         """All answers of a version, by time; for a database, call it off the event loop."""
         ...
 
-    def events(self, experiment: str, version: int) -> Sequence[EventRecord]:
+    def events(self, experiment: str, version: int) -> Iterable[EventRecord]:
         """All events of a version, by time."""
         ...
 
@@ -48,9 +48,9 @@ class MemoryRecords:
         self._records: deque[AnswerRecord | EventRecord] = deque(maxlen=most)
         self._lock = threading.Lock()
 
-    def append(self, *records: AnswerRecord | EventRecord) -> None:
+    def append(self, record: AnswerRecord | EventRecord, /) -> None:
         with self._lock:
-            self._records.extend(records)
+            self._records.append(record)
 
     def answers(self, experiment: str, version: int) -> list[AnswerRecord]:
         found = self._of(experiment, version)
