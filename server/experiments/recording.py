@@ -60,6 +60,8 @@ class Recorder:
         if self.host.classifier is not None:
             self._judge = LaterJudge(self.host.classifier)
         for entry in self.host.experiments:
+            for arm, stop in entry.stopped.items():
+                self._record_event(entry.experiment, stop.kind, arm, dict(stop.detail), stop.time)
             if self.host.experiments.status(entry) == "ended":
                 continue
             self._record_event(entry.experiment, "registered", None, {})
@@ -133,12 +135,19 @@ class Recorder:
             logger.exception("the record %s was lost", record.id)
 
     def _record_event(
-        self, experiment: Experiment, kind: str, arm: str | None, detail: dict[str, object]
+        self,
+        experiment: Experiment,
+        kind: str,
+        arm: str | None,
+        detail: dict[str, object],
+        at: float | None = None,
     ) -> None:
         # The same on every replica, so that it is one event wherever it is noticed.
         id = f"{experiment.name}@{experiment.version}/{kind}" + (f"/{arm}" if arm else "")
         self._append(
-            EventRecord(id, time.time(), experiment.name, experiment.version, kind, arm, detail)
+            EventRecord(
+                id, at or time.time(), experiment.name, experiment.version, kind, arm, detail
+            )
         )
 
     def _answer_record(self, reply: Reply, kind: Kind, pair: str) -> AnswerRecord:

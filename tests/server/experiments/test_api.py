@@ -230,6 +230,7 @@ def test_a_profile_that_is_gone_stops_its_arm(tmp_path: Path) -> None:
     assert told(asked) == ("raw", None)
     [entry] = host.experiments
     assert entry.stopped["treated"].kind == "profile_missing"
+    assert [(e.kind, e.arm) for e in events_of(host)] == [("profile_missing", "treated")]
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 2, "experiments": []}', '{"format": 1}', "[]"])
