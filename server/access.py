@@ -33,6 +33,9 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
 DOCUMENTATION = frozenset({"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"})
 """Says what the program can do, and nothing of what is served here."""
 
+_ADMINISTERED = ("/v1/steering/profiles", "/v1/experiments")
+"""What only admin keys may change."""
+
 _READING = frozenset({"GET", "HEAD"})
 
 
@@ -44,7 +47,7 @@ def scopes_needed(method: str, path: str, *, protect_metrics: bool = False) -> f
         return frozenset({"metrics"} if protect_metrics else ())
     if method in _READING:
         return frozenset({"chat", "admin"})
-    if path == "/v1/steering/profiles" or path.startswith("/v1/steering/profiles/"):
+    if any(path == root or path.startswith(f"{root}/") for root in _ADMINISTERED):
         return frozenset({"admin"})
     return frozenset({"chat"})
 

@@ -17,6 +17,9 @@ from server.admin import add_admin
 from server.chat import complete, stream
 from server.completions import complete_text, stream_text
 from server.errors import UnavailableError, install_handlers
+from server.experiments.api import add_experiments
+from server.experiments.choosing import enterable, experiment_named, find_enterable
+from server.experiments.recording import Recorder
 from server.headers import SecurityHeaders, cross_origin
 from server.hosting import Host
 from server.metrics import Metrics
@@ -54,6 +57,8 @@ _HEADERS = {
     for name, description in (
         ("X-Steering-Profile", "The profile that answered."),
         ("X-Steering-Fingerprint", "Its fingerprint; empty without edits."),
+        ("X-Steering-Experiment", "The experiment that chose it, if one did."),
+        ("X-Steering-Arm", "And the arm."),
         ("X-Request-Id", "Of this request: the client's own if sane."),
         ("X-Ignored-Fields", "Unknown fields of the request, if there were any."),
     )
@@ -77,15 +82,17 @@ def create_app(host: Host) -> FastAPI:
     """The application around a host, whose engine starts and stops with it."""
     metrics = Metrics([*host.profiles.names, COMPOSED])
     _describe(host, metrics)
-    if host.records is not None:
-        host.records.on_lost(metrics.records_lost.inc)
+    host.records.on_lost(metrics.records_lost.inc)
+    recorder = Recorder(host, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(host.start)
+        await recorder.start()
         try:
             yield
         finally:
+            await recorder.close()
             await asyncio.to_thread(host.close)
 
     app = FastAPI(
@@ -97,6 +104,7 @@ def create_app(host: Host) -> FastAPI:
     )
     app.state.host = host
     app.state.metrics = metrics
+    app.state.recorder = recorder
     # The last one added sees requests first.
     app.add_middleware(AccessMiddleware, access=host.access, metrics=metrics)
     app.add_middleware(RequestMiddleware, metrics=metrics, max_body_bytes=host.max_body_bytes)
@@ -104,23 +112,24 @@ def create_app(host: Host) -> FastAPI:
         app.add_middleware(cross_origin, origins=host.cors_origins)
     app.add_middleware(SecurityHeaders, documentation=DOCUMENTATION)
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
-    _add_generation(app, host, metrics)
+    _add_generation(app, host, metrics, recorder)
     add_score(app, host)
     _add_lists(app, host)
     add_admin(app, host, metrics)
+    add_experiments(app, host, recorder)
     _add_operations(app, host, metrics)
     _declare_truthfully(app)
     return app
 
 
-def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
+def _add_generation(app: FastAPI, host: Host, metrics: Metrics, recorder: Recorder) -> None:
     async def respond(
         request: Request,
         prepared: Prepared,
         complete: Callable[[Answer], Awaitable[BaseModel]],
         stream: Callable[[Answer], AsyncGenerator[str, None]],
     ) -> Response:
-        answer = Answer(host, metrics, prepared, request.state.arrived)
+        answer = Answer(host, metrics, prepared, request.state.arrived, recorder.ended)
         request.state.noted = True
         if prepared.body.stream:
             return EventStream(stream(answer), answer.close, answer.headers)
@@ -141,7 +150,7 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         request.state.asked = body.asked_profile
-        prepared = await prepare(host, body, caller_of(request))
+        prepared = await prepare(host, body, caller_of(request), request.headers)
         return await respond(request, prepared, complete, stream)
 
     @app.post(
@@ -153,14 +162,18 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         request.state.asked = body.asked_profile
-        prepared = await prepare_completion(host, body, caller_of(request))
+        prepared = await prepare_completion(host, body, caller_of(request), request.headers)
         return await respond(request, prepared, complete_text, stream_text)
 
     @app.post("/tokenize", responses=errors(400, 404), tags=["chat"], summary="Count a prompt")
     async def tokenize(body: TokenizeRequest, request: Request) -> Tokens:
         """The tokens that a prompt, or messages in the chat template, are to the model."""
         body.check()
-        caller_of(request).sees(host.profiles).choose(body.model)
+        profiles = caller_of(request).sees(host.profiles)
+        if (named := experiment_named(profiles, body.model)) is None:
+            profiles.choose(body.model)
+        else:
+            find_enterable(host.experiments, profiles, named)
         if body.prompt is not None:
             tokens = await tokenize_text(host, body.prompt, body.add_special_tokens is not False)
         else:
@@ -182,15 +195,24 @@ def _add_lists(app: FastAPI, host: Host) -> None:
         return caller_of(request).sees(host.profiles)
 
     def card(profiles: ProfileStore, model: str) -> ModelCard:
-        return profiles.model_card(
-            model, created=host.created, max_model_len=host.engine.max_model_len
-        )
+        known = {"created": host.created, "max_model_len": host.engine.max_model_len}
+        if (named := experiment_named(profiles, model)) is None:
+            return profiles.model_card(model, **known)
+        find_enterable(host.experiments, profiles, named)
+        return profiles.experiment_card(named, **known)
+
+    def experiments(profiles: ProfileStore) -> list[str]:
+        """Values of `model` that take part in one."""
+        registry = host.experiments
+        shown = [e for e in registry if registry.status(e) != "ended" and enterable(e, profiles)]
+        return [f"{profiles.served_name}@{entry.experiment.name}" for entry in shown]
 
     @app.get("/v1/models", responses=errors(), tags=["models"], summary="List models")
     async def list_models(request: Request) -> ModelList:
         """Every value that `model` may have in a request with this key."""
         profiles = seen(request)
-        return ModelList(data=[card(profiles, model) for model in profiles.model_ids])
+        models = [*profiles.model_ids, *experiments(profiles)]
+        return ModelList(data=[card(profiles, model) for model in models])
 
     @app.get(
         "/v1/models/{model:path}", responses=errors(404), tags=["models"], summary="Show a model"
@@ -221,7 +243,7 @@ def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
         those of experiments reach their database, which no restart would change."""
         if not host.engine.healthy():
             raise UnavailableError("The engine does not run.")
-        return Health(status="ok", records=host.records.state if host.records else "off")
+        return Health(status="ok", records=host.records.state)
 
     @app.get("/ready", responses=errors(503), tags=["operations"], summary="Send it requests?")
     async def ready() -> Status:
@@ -245,10 +267,15 @@ def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
         summary="Metrics",
     )
     async def show_metrics(request: Request) -> Response:
-        pending = host.records.pending if host.records else 0
+        pending = host.records.pending
         metrics.watch(host.engine.stats(), records_pending=pending)
         hidden = caller_of(request).hidden_labels(host.profiles)
-        page, content_type = metrics.page(request.headers.get("accept", ""), hidden)
+        restricted = {
+            entry.experiment.name
+            for entry in host.experiments
+            if any(arm.profile in hidden for arm in entry.experiment.arms)
+        }
+        page, content_type = metrics.page(request.headers.get("accept", ""), hidden, restricted)
         return Response(page, headers={"Content-Type": content_type})
 
 

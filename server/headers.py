@@ -34,6 +34,8 @@ EXPOSED = (
         for what in ("Limit", "Remaining", "Reset")
     ),
     "X-Request-Id",
+    "X-Steering-Arm",
+    "X-Steering-Experiment",
     "X-Steering-Fingerprint",
     "X-Steering-Profile",
 )

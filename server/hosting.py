@@ -16,7 +16,16 @@ from server.access import Access
 from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
-from server.experiments.store import Records, open_records
+from server.experiments.guard import Guard
+from server.experiments.interfaces import (
+    GuardMaker,
+    MemoryRecords,
+    Records,
+    ReportMaker,
+)
+from server.experiments.registry import Registry
+from server.experiments.report import make_report
+from server.experiments.store import open_records
 from server.grammar import GrammarCompiler
 from server.profiles import ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
@@ -25,7 +34,8 @@ from server.tool_parsers import ToolParserSetting
 from server.tools import ToolSupport, find_tool_support
 from steering.demo import DEMO, DEMO_NAME
 from steering.fold import fold_into
-from steering.judge import Outcome, judge
+from steering.judge import Judge, Outcome, PhraseJudge, judge, make_judge
+from steering.judge_set import Card
 from steering.models import LanguageModel, load_model
 from steering.monitor import MONITOR_FILE, Monitor, PromptClass
 from steering.plan import sites_of
@@ -73,7 +83,10 @@ class Host:
         limits: what else is refused before any work.
         access: who may do what; without keys, everybody who can connect may do everything.
         tool_parser: how the model writes tool calls.
-        records: of experiments; None if nobody asked for any.
+        experiments: what `model` may name after `@`; none by default.
+        records: where answers in experiments are kept.
+        keep_text: keep prompts and replies with them.
+        classifier: a slow judge, whose outcomes go into records and metrics after the answer.
     """
 
     engine: Engine
@@ -89,25 +102,37 @@ class Host:
     access: Access = field(default_factory=Access)
     cors_origins: tuple[str, ...] = ()
     tool_parser: ToolParserSetting = "auto"
-    records: Records | None = None
+    experiments: Registry = field(default=None)  # type: ignore[assignment]  # set below
+    records: Records = field(default_factory=MemoryRecords)
+    make_guard: GuardMaker = Guard
+    make_report: ReportMaker = make_report
+    keep_text: bool = False
+    classifier: Judge | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
+
+    def __post_init__(self) -> None:
+        if self.experiments is None:
+            self.experiments = Registry(self.profiles)
 
     def start(self) -> None:
         """Start the engine, unless that was done. Raises ValueError if it cannot start."""
         if not self._started:
             self.engine.start()
-            if self.records is not None:
-                self.records.start()
+            self.records.start()
             self._started = True
 
     def close(self) -> None:
         self.draining = True
         self.engine.close()
         self.access.audit.close()
-        if self.records is not None:
-            self.records.close()
+        self.records.close()
+
+    @cached_property
+    def judge_card(self) -> Card:
+        """How often the judge of records errs; a classifier takes a while to find out."""
+        return (self.classifier or PhraseJudge()).card()
 
     @cached_property
     def token_texts(self) -> TokenTexts:
@@ -198,8 +223,24 @@ def open_host(settings: Settings) -> Host:
         access=access,
         cors_origins=tuple(settings.cors_origin),
         tool_parser=settings.tool_parser,
-        records=records,
+        records=records or MemoryRecords(),
+        experiments=Registry(
+            store,
+            settings.experiments,
+            default=settings.default_experiment,
+            folder=settings.experiments_state,
+            allow_red_team=settings.allow_red_team_arms,
+        ),
+        keep_text=settings.experiments_text,
+        classifier=_load_classifier(settings),
     )
+
+
+def _load_classifier(settings: Settings) -> Judge | None:
+    if settings.judge == "phrases":
+        return None
+    logger.info("loading the judge %s", settings.judge)
+    return make_judge(settings.judge, device=settings.judge_device)
 
 
 def open_access(settings: Settings) -> Access:

@@ -17,6 +17,7 @@ from prometheus_client.exposition import choose_encoder
 
 from server.engine.base import EngineStats, PromptScores
 from server.errors import REJECTION_REASONS
+from server.experiments.records import AnswerRecord
 from server.redact import RedactedRegistry
 from steering.judge import Outcome
 from steering.monitor import PromptClass
@@ -209,6 +210,13 @@ class Metrics:
         for result in SHADOW_RESULTS:
             self.shadows.labels(experiment, result)
 
+    def exposed(self, record: AnswerRecord) -> None:
+        """A client got the answer of an experiment's arm."""
+        experiment, arm, outcome = record.experiment, record.arm, record.outcome
+        self.exposures.labels(experiment, arm).inc()
+        if outcome in JUDGED:
+            self.experiment_judged.labels(experiment, arm, record.prompt_class, outcome).inc()
+
     def retire_experiment(self, experiment: str) -> None:
         """An experiment is served no more."""
         for metric in (
@@ -262,14 +270,19 @@ class Metrics:
         self.waiting.set(stats.waiting)
         self.slots_used.set(stats.slots_used)
 
-    def page(self, accept: str, hidden: Collection[str] = ()) -> tuple[bytes, str]:
+    def page(
+        self, accept: str, hidden: Collection[str] = (), hidden_experiments: Collection[str] = ()
+    ) -> tuple[bytes, str]:
         """The metrics page in the format that the scraper prefers, and its content type.
 
         Args:
             hidden: profiles whose series are summed under `restricted`.
+            hidden_experiments: likewise, of all arms.
         """
         encode, content_type = choose_encoder(accept)
-        registry = RedactedRegistry(self.registry, hidden) if hidden else self.registry
+        registry = self.registry
+        if hidden or hidden_experiments:
+            registry = RedactedRegistry(registry, hidden, hidden_experiments)
         return encode(registry), content_type
 
     @property
@@ -281,24 +294,26 @@ class Metrics:
         )
 
 
-class ReplyMeter:
-    """Counts one reply, exactly once however it ends.
+class Meter:
+    """Times one reply, and counts its tokens.
 
     Args:
         since: `time.perf_counter()` at the request's arrival.
     """
 
-    def __init__(self, metrics: Metrics, profile: str, prompt_tokens: int, since: float) -> None:
-        self._metrics = metrics
-        self.profile = profile
-        metrics._meters.add(self)
-        self._prompt_tokens = prompt_tokens
+    def __init__(self, since: float) -> None:
         self._since = since
         self._last: float | None = None
-        self._gaps = metrics.inter_token_latency.labels(profile)
-        self._ended = False
+        self._ended: float | None = None
+        self.ttft: float | None = None
+        """Seconds from arrival to the first token."""
         self.tokens = 0
         self.cached_tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        """From arrival to the end, or until now."""
+        return (self._ended or time.perf_counter()) - self._since
 
     def token(
         self,
@@ -307,17 +322,50 @@ class ReplyMeter:
         cached_tokens: int | None = None,
     ) -> None:
         """A token came; the first one brings scores."""
-        now = time.perf_counter()
+        self._last = time.perf_counter()
         self.tokens += 1
-        if self._last is not None:
-            self._gaps.observe(now - self._last)
+        if self.ttft is None:
+            self.ttft = self._last - self._since
+        self.cached_tokens = cached_tokens or self.cached_tokens
+
+    def judged(self, prompt_class: PromptClass, outcome: Outcome, seconds: float) -> None:
+        """A judge has looked at the reply."""
+
+    def end(self, finish_reason: str) -> bool:
+        """The reply ended; only the first call counts, and says so."""
+        if self._ended is not None:
+            return False
+        self._ended = time.perf_counter()
+        return True
+
+
+class ReplyMeter(Meter):
+    """Puts one reply into the metrics, exactly once however it ends."""
+
+    def __init__(self, metrics: Metrics, profile: str, prompt_tokens: int, since: float) -> None:
+        super().__init__(since)
+        self._metrics = metrics
+        self.profile = profile
+        metrics._meters.add(self)
+        self._prompt_tokens = prompt_tokens
+        self._gaps = metrics.inter_token_latency.labels(profile)
+
+    def token(
+        self,
+        scores: PromptScores | None,
+        queue_seconds: float | None,
+        cached_tokens: int | None = None,
+    ) -> None:
+        before = self._last
+        super().token(scores, queue_seconds, cached_tokens)
+        assert self._last is not None
+        if before is not None:
+            self._gaps.observe(self._last - before)
         else:
-            self._metrics.time_to_first_token.labels(self.profile).observe(now - self._since)
-        self._last = now
+            self._metrics.time_to_first_token.labels(self.profile).observe(self._last - self._since)
         if queue_seconds is not None:
             self._metrics.queue_time.observe(queue_seconds)
         if cached_tokens:
-            self.cached_tokens = cached_tokens
             self._metrics.cache_hits.labels(self.profile).inc()
         if scores is not None:
             self._observe(scores)
@@ -339,13 +387,12 @@ class ReplyMeter:
         if outcome == "refusal":
             self._metrics.refusals.labels(self.profile, prompt_class).inc()
 
-    def end(self, finish_reason: str) -> None:
-        """The reply ended; only the first call counts."""
-        if self._ended:
-            return
-        self._ended = True
+    def end(self, finish_reason: str) -> bool:
+        if not super().end(finish_reason):
+            return False
         m, profile = self._metrics, self.profile
         m.requests.labels(profile, finish_reason).inc()
         m.prompt_tokens.labels(profile).inc(self._prompt_tokens)
         m.completion_tokens.labels(profile).inc(self.tokens)
-        m.request_duration.labels(profile).observe(time.perf_counter() - self._since)
+        m.request_duration.labels(profile).observe(self.seconds)
+        return True

@@ -6,14 +6,15 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server.access import Caller
-from server.composition import Composition, compose
+from server.composition import Composition
 from server.engine.base import EngineRequest, PromptTooLongError, Sampling, SamplingError
 from server.errors import ContextLengthError, InvalidRequestError, UnavailableError
+from server.experiments.choosing import Exposure, Visit, choose
 from server.hosting import Host
 from server.protocol import (
     ChatRequest,
@@ -42,6 +43,7 @@ class Prepared:
     Args:
         requests: one per choice; those of the first prompt come first.
         out_of_template: the prompt is of another form than the monitor was fitted on.
+        exposure: the arm of an experiment that answers, if one does.
     """
 
     id: str
@@ -52,6 +54,7 @@ class Prepared:
     ignored: tuple[str, ...]
     out_of_template: bool = False
     tools: ToolUse = field(default_factory=ToolUse)
+    exposure: Exposure | None = None
 
     @property
     def request(self) -> EngineRequest:
@@ -64,29 +67,50 @@ def profiles_used(prepared: Prepared) -> tuple[Profile, ...]:
     return prepared.composition.profiles
 
 
-async def prepare(host: Host, body: ChatRequest, caller: Caller) -> Prepared:
-    """Check a chat request and render its prompt. Raises ApiError."""
+def under(host: Host, prepared: Prepared, composition: Composition) -> Prepared:
+    """The same request, answered by others."""
+    probes = not prepared.out_of_template and host.monitor_read != "off"
+    answer_probe = composition.answer_probe if probes else None
+    requests = tuple(
+        replace(request, edits=composition.edits, answer_probe=answer_probe)
+        for request in prepared.requests
+    )
+    return replace(prepared, composition=composition, requests=requests)
+
+
+async def prepare(
+    host: Host, body: ChatRequest, caller: Caller, headers: Mapping[str, str] | None = None
+) -> Prepared:
+    """Check a chat request and render its prompt. Raises ApiError.
+
+    Args:
+        headers: of a request that may take part in experiments; None for any other.
+    """
     ignored = body.check()
     _check_ready(host)
-    composition = compose(caller.sees(host.profiles), body.model, body.steering)
+    id = _new_id("chatcmpl")
+    composition, exposure = _choose(host, body, caller, headers, id)
     _check_choices(host, body, 1)
     tools = await choose_tools(host, body)
     prompt = await render_prompt(host, body, tools.offered)
     constraint = await constrain(host.grammars, host.lm, body.response_format, tools)
     readable = reading(host, body, prompt, tools.offered)
     prepared = _prepared(
-        host, body, caller, "chatcmpl", composition, [prompt], ignored, readable,
+        host, body, caller, id, composition, exposure, [prompt], ignored, readable,
         param="messages", default_tokens=DEFAULT_MAX_TOKENS,
     )  # fmt: skip
     requests = tuple(replace(r, constraint=constraint) for r in prepared.requests)
     return replace(prepared, requests=requests, tools=tools)
 
 
-async def prepare_completion(host: Host, body: CompletionRequest, caller: Caller) -> Prepared:
+async def prepare_completion(
+    host: Host, body: CompletionRequest, caller: Caller, headers: Mapping[str, str] | None = None
+) -> Prepared:
     """Check a plain completion and tokenise its prompts. Raises ApiError."""
     ignored = body.check()
     _check_ready(host)
-    composition = compose(caller.sees(host.profiles), body.model, body.steering)
+    id = _new_id("cmpl")
+    composition, exposure = _choose(host, body, caller, headers, id)
     _check_choices(host, body, len(body.prompts))
     special = body.add_special_tokens is not False
     prompts = [
@@ -95,17 +119,33 @@ async def prepare_completion(host: Host, body: CompletionRequest, caller: Caller
     ]
     readable = Reading() if host.monitor is None else WITHOUT_TEMPLATE
     return _prepared(
-        host, body, caller, "cmpl", composition, prompts, ignored, readable, param="prompt",
+        host, body, caller, id, composition, exposure, prompts, ignored, readable, param="prompt",
         default_tokens=DEFAULT_COMPLETION_TOKENS,
     )  # fmt: skip
+
+
+def _new_id(kind: str) -> str:
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def _choose(
+    host: Host,
+    body: GenerationRequest,
+    caller: Caller,
+    headers: Mapping[str, str] | None,
+    id: str,
+) -> tuple[Composition, Exposure | None]:
+    visit = None if headers is None else Visit(id, body, headers)
+    return choose(host.experiments, host.access, caller, body.model, body.steering, visit)
 
 
 def _prepared(
     host: Host,
     body: GenerationRequest,
     caller: Caller,
-    kind: str,
+    id: str,
     composition: Composition,
+    exposure: Exposure | None,
     prompts: Sequence[Sequence[int]],
     ignored: list[str],
     readable: Reading,
@@ -114,7 +154,9 @@ def _prepared(
     default_tokens: int,
 ) -> Prepared:
     probes = readable.probes and host.monitor_read != "off"
-    id = f"{kind}-{uuid.uuid4().hex}"
+    chosen = composition
+    if exposure is not None:
+        composition = exposure.control  # asked first: what it cannot take is nobody's exposure
     requests: list[EngineRequest] = []
     for prompt in prompts:
         request = EngineRequest(
@@ -132,9 +174,24 @@ def _prepared(
         requests += [_choice(request, i) for i in range(body.choices)]
     if len(requests) > 1:
         requests = [replace(r, request_id=f"{id}-{i}") for i, r in enumerate(requests)]
-    return Prepared(
+    prepared = Prepared(
         id, body, caller, composition, tuple(requests), tuple(ignored), not readable.probes
     )
+    return prepared if exposure is None else _expose(host, prepared, exposure, chosen)
+
+
+def _expose(
+    host: Host, prepared: Prepared, exposure: Exposure, composition: Composition
+) -> Prepared:
+    """The request as its arm answers it, if every arm could: an arm that cannot take a prompt (a
+    gate that must read it whole) would see other prompts than the rest."""
+    for each in (composition, *exposure.others.values()):
+        for request in under(host, prepared, each).requests:
+            try:
+                host.engine.check(request)
+            except (PromptTooLongError, ValueError):
+                return prepared
+    return replace(under(host, prepared, composition), exposure=exposure)
 
 
 def _choice(request: EngineRequest, index: int) -> EngineRequest:

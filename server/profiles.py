@@ -204,11 +204,27 @@ class ProfileStore:
         return ModelCard(
             id=model,
             created=created,
-            root=self._lm.name if not Path(self._lm.name).exists() else self.served_name,
+            root=self._root,
             parent=None if model == self.served_name else self.served_name,
             profile=self.choose(model).name,
             max_model_len=max_model_len,
         )
+
+    def experiment_card(self, experiment: str, *, created: int, max_model_len: int) -> ModelCard:
+        """What `GET /v1/models` says of an experiment."""
+        return ModelCard(
+            id=f"{self.served_name}@{experiment}",
+            created=created,
+            root=self._root,
+            parent=self.served_name,
+            profile=None,
+            experiment=experiment,
+            max_model_len=max_model_len,
+        )
+
+    @property
+    def _root(self) -> str:
+        return self._lm.name if not Path(self._lm.name).exists() else self.served_name
 
     def derived_base(self, profile: Profile) -> bool:
         """True for a profile fitted on other weights than the ones served."""

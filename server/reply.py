@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from typing import Any
 from server.detokenize import Detokenizer
 from server.engine.base import (
     EngineError,
+    EngineRequest,
     EngineStoppedError,
     EngineToken,
     FinishReason,
@@ -27,7 +28,7 @@ from server.engine.base import (
 from server.errors import from_engine
 from server.hosting import Host
 from server.logs import current_request
-from server.metrics import Metrics, ReplyMeter
+from server.metrics import Meter, Metrics, ReplyMeter
 from server.prepare import Prepared, profiles_used
 from server.profiles import finite
 from server.responses import (
@@ -43,6 +44,7 @@ from server.responses import (
 from server.stops import StopStrings
 from server.tool_parsers import Call, Text, ToolParser
 from steering.judge import Outcome
+from steering.monitor import PromptClass
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +127,11 @@ class ReplyText:
 
 
 class Reply:
-    """One choice under way: read `pieces` to the end, and `close` in any case."""
+    """One choice under way: read `pieces` to the end, and `close` in any case.
+
+    Args:
+        on_end: called once, when all is known of the reply and before its end is told.
+    """
 
     def __init__(
         self,
@@ -133,15 +139,17 @@ class Reply:
         prepared: Prepared,
         index: int,
         tokens: AsyncGenerator[EngineToken, None],
-        meter: ReplyMeter,
+        meter: Meter,
+        on_end: Callable[[Reply], None] | None = None,
     ) -> None:
         self.index = index
+        self.prepared = prepared
+        self.on_end = on_end
         self.finish_reason: FinishReason | None = None
         self.tokens: list[TextToken] = []
         """The tokens of the text so far."""
         self.calls: list[ToolCall] = []
         self._host = host
-        self._prepared = prepared
         self._text: list[str] = []
         self._scores = PromptScores()
         self.outcome: Outcome | None = None
@@ -153,10 +161,10 @@ class Reply:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The reply as it comes, in pieces that say something; it is judged by the end. Raises
         ApiError."""
-        tools = self._prepared.tools
+        tools = self.prepared.tools
         parser = tools.parser()
-        body = self._prepared.body
-        after = self._prepared.requests[self.index].prompt_ids if body.continues_text else ()
+        body = self.prepared.body
+        after = self.prepared.requests[self.index].prompt_ids if body.continues_text else ()
         text = ReplyText(self._host.lm.tokenizer, body.stop_strings, tools.markup, after)
         wants_tokens = body.wanted_logprobs is not None
         try:
@@ -178,13 +186,16 @@ class Reply:
                 raise EngineStoppedError("it stopped in the middle of a reply")
         except EngineError as error:
             self._end("error")
-            logger.warning("%s: %s", self._prepared.id, error)
+            self._tell()
+            logger.warning("%s: %s", self.prepared.id, error)
             raise from_engine(error) from error
         except Exception:
             self._end("error")
+            self._tell()
             raise
         self._end(self.finish_reason)
         await self._judge()
+        self._tell()
 
     def _take(self, piece: Piece, parser: ToolParser) -> Piece:
         """Keep what the piece says, with the calls that it completes taken out of its text."""
@@ -208,11 +219,20 @@ class Reply:
             if not self.calls:
                 outcome = await asyncio.to_thread(self._host.judge, self.text)
         except Exception:  # a reply is worth more than its judgement
-            logger.exception("%s could not be judged", self._prepared.id)
+            logger.exception("%s could not be judged", self.prepared.id)
             return
         self.outcome = outcome
-        prompt_class = self._host.prompt_class(self._scores.benign_probability)
-        self._meter.judged(prompt_class, outcome, time.perf_counter() - start)
+        if self._host.classifier is None or self.calls:
+            self.count(outcome, time.perf_counter() - start)
+
+    def count(self, outcome: Outcome, seconds: float) -> None:
+        """Put a judgement into the metrics."""
+        self._meter.judged(self.prompt_class, outcome, seconds)
+
+    def _tell(self) -> None:
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end(self)
 
     def _end(self, reason: str) -> None:
         self.ended_by = reason
@@ -221,11 +241,28 @@ class Reply:
     async def close(self) -> None:
         """Cancel the reply if it has not ended."""
         self._meter.end(self.ended_by)
+        self._tell()
         await self._stream.aclose()
 
     @property
+    def prompt_class(self) -> PromptClass:
+        return self._host.prompt_class(self._scores.benign_probability)
+
+    @property
+    def request(self) -> EngineRequest:
+        return self.prepared.requests[self.index]
+
+    @property
+    def ttft_seconds(self) -> float | None:
+        return self._meter.ttft
+
+    @property
+    def duration_seconds(self) -> float:
+        return self._meter.seconds
+
+    @property
     def _first_of_prompt(self) -> bool:
-        return self.index % self._prepared.body.choices == 0
+        return self.index % self.prepared.body.choices == 0
 
     @property
     def told_finish_reason(self) -> ChatFinishReason:
@@ -260,8 +297,15 @@ class Reply:
 class Answer:
     """All replies to one request: read `pieces` to the end, and `close` in any case."""
 
-    def __init__(self, host: Host, metrics: Metrics, prepared: Prepared, since: float) -> None:
-        """Submit the request.
+    def __init__(
+        self,
+        host: Host,
+        metrics: Metrics,
+        prepared: Prepared,
+        since: float,
+        on_end: Callable[[Reply], None] | None = None,
+    ) -> None:
+        """Submit the request; `on_end` is called with each reply (see there).
 
         Raises EngineError where the engine turns it down, RateLimitError where the caller's
         minute is used up.
@@ -288,6 +332,7 @@ class Answer:
                 i,
                 tokens,
                 ReplyMeter(metrics, profile, 0 if i % choices else len(request.prompt_ids), since),
+                on_end,
             )
             for i, (request, tokens) in enumerate(zip(prepared.requests, streams, strict=True))
         ]
@@ -345,8 +390,6 @@ class Answer:
         note = {
             "request_id": self._request_id or None,
             **audit_fields(self.prepared),
-            "experiment": None,
-            "arm": None,
             "outcome": first.outcome or first.ended_by,
             "finish_reason": first.ended_by,
             "prompt_tokens": usage.prompt_tokens,
@@ -368,6 +411,9 @@ class Answer:
             "X-Steering-Profile": composition.name,
             "X-Steering-Fingerprint": composition.fingerprint,
         }
+        if (exposure := self.prepared.exposure) is not None:
+            headers["X-Steering-Experiment"] = exposure.experiment.name
+            headers["X-Steering-Arm"] = exposure.arm.name
         if ignored:
             headers["X-Ignored-Fields"] = ", ".join(dict.fromkeys(map(_header_safe, ignored[:20])))
         return headers
@@ -415,13 +461,15 @@ class Answer:
 
 def audit_fields(prepared: Prepared) -> dict[str, Any]:
     """Who asked whom, for the audit log."""
-    composition = prepared.composition
+    composition, exposure = prepared.composition, prepared.exposure
     return {
         "id": prepared.id,
         "key": prepared.caller.id or None,
         "profile": composition.name,
         "fingerprint": composition.fingerprint,
         "strength": composition.strength,
+        "experiment": exposure and exposure.experiment.name,
+        "arm": exposure and exposure.arm.name,
         "red_team": any(profile.red_team for profile in profiles_used(prepared)),
     }
 
@@ -434,6 +482,9 @@ def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:
         "fingerprint": composition.fingerprint,
         "strength": composition.strength,
     }
+    if prepared.exposure is not None:
+        said["experiment"] = prepared.exposure.experiment.name
+        said["arm"] = prepared.exposure.arm.name
     if len(composition.parts) > 1:
         said["profiles"] = [
             ProfileUsed(

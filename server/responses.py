@@ -220,7 +220,8 @@ class ModelCard(BaseModel):
     owned_by: str = "pilothouse"
     root: str = Field(description="The model behind it.")
     parent: str | None = Field(description="The served name, for a model with a profile.")
-    profile: str
+    profile: str | None = Field(description="Null for an experiment, which chooses one.")
+    experiment: str | None = None
     max_model_len: int
 
 
@@ -255,6 +256,44 @@ class ProfileDeleted(BaseModel):
     name: str
     object: Literal["steering.profile.deleted"] = "steering.profile.deleted"
     deleted: Literal[True] = True
+
+
+class ArmCard(BaseModel):
+    name: str
+    profile: str
+    strength: float | None = Field(description="Null: the profile's own.")
+    weight: float
+    stopped: dict[str, Any] | None = Field(
+        description="Since when and why its units get the control; null while it is open."
+    )
+
+
+class ExperimentCard(BaseModel):
+    """An experiment, its latest version, and what became of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    object: Literal["steering.experiment"] = "steering.experiment"
+    model: str = Field(description="A value of `model` that takes part.")
+    version: int
+    versions: list[int] = Field(description="All there were; `report?version=` takes any.")
+    status: Literal["scheduled", "running", "ended"]
+    default: bool = Field(description="Takes in requests that name neither a profile nor another.")
+    source: Literal["settings", "api"]
+    ended: float | None = Field(description="When somebody ended it, in seconds since 1970.")
+    arms: list[ArmCard] = Field(description="The first is the control.")
+
+
+class ExperimentList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ExperimentCard]
+
+
+class ExperimentEnded(BaseModel):
+    name: str
+    object: Literal["steering.experiment.ended"] = "steering.experiment.ended"
+    ended: Literal[True] = True
 
 
 class Score(Answerer):

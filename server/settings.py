@@ -7,6 +7,7 @@ Each field is all three: `max_num_seqs` is `--max-num-seqs`, `PILOTHOUSE_MAX_NUM
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import tomllib
@@ -22,9 +23,16 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from server.experiments.definitions import Experiment
 from server.logs import LogFormat
 from server.tool_parsers import ToolParserSetting
-from server.validation import MOST_MESSAGES, TemplateValue, describe, parse_template_kwargs
+from server.validation import (
+    MOST_MESSAGES,
+    TemplateValue,
+    describe,
+    field_path,
+    parse_template_kwargs,
+)
 
 ENV_PREFIX = "PILOTHOUSE_"
 MAX_BODY_BYTES = 4 * 2**20
@@ -163,6 +171,30 @@ class Settings(BaseSettings):
         description="origin of web pages that may use the API; may be repeated (as a variable: "
         "separated by blanks)",
     )
+    experiments: Annotated[list[Experiment], NoDecode] = Field(
+        [],
+        description="A/B tests of profiles: [[experiments]] tables in the --config file (here, or "
+        "as a variable: JSON)",
+    )
+    default_experiment: str | None = Field(
+        None, description="experiment of requests that name neither a profile nor an experiment"
+    )
+    experiments_state: Path | None = Field(
+        None,
+        description="folder for what must survive a restart: experiments made by the API, arms "
+        "stopped",
+    )
+    allow_red_team_arms: bool = Field(
+        False,
+        description="let experiments of the settings, and of the local user, have red-team arms",
+    )
+    judge: str = Field(
+        "phrases",
+        pattern=r"^(phrases|hf:.+)$",
+        description="of replies: phrases, or hf:ID of a classifier, which judges for metrics and "
+        "records after the answer is sent",
+    )
+    judge_device: str = Field("cpu", description="torch device of a classifier that judges")
     log_format: LogFormat = Field("text", description="of the log on stderr")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
@@ -183,6 +215,16 @@ class Settings(BaseSettings):
             return parse_template_kwargs(value) if isinstance(value, str) else value
         except ValueError as error:
             raise ValueError(f"chat_template_kwargs, --chat-template-kwargs: {error}") from None
+
+    @field_validator("experiments", mode="before")
+    @classmethod
+    def _parse_experiments(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"experiments, --experiments is not JSON: {error}") from None
 
     @field_validator("cors_origin", mode="before")
     @classmethod
@@ -262,6 +304,10 @@ def _check_origin(origin: str) -> str:
 def _explain(error: Any) -> str:
     location = [part for part in error["loc"] if isinstance(part, str)]
     name = location[0] if location else ""
+    if len(error["loc"]) > 1 and name == "experiments":
+        path = field_path(error["loc"])
+        told = describe(error, path)
+        return told if path in told else f"{path}: {told}"
     if error["type"] == "extra_forbidden":
         known = ", ".join(Settings.model_fields)
         return f"unknown setting {name!r} in the configuration file; known are {known}"

@@ -17,12 +17,12 @@ NAMES = (
     "serve",
     "fit",
     "eval",
-    "experiments",
     "profiles",
     "export",
     "import",
     "judge",
     "keys",
+    "experiments",
     "demo",
 )
 

@@ -67,6 +67,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _analyse(arguments: argparse.Namespace) -> int:
+    from server.experiments.interfaces import with_judgements
     from server.experiments.record_file import read_definition, read_records
     from server.experiments.report import make_report
     from steering.judge import make_judge
@@ -74,7 +75,7 @@ def _analyse(arguments: argparse.Namespace) -> int:
     records, events = read_records(arguments.file)
     experiment = read_definition(arguments.definition, records)
     card = None if arguments.judge == "none" else make_judge(arguments.judge).card()
-    report = make_report(experiment, records, events, judge_card=card)
+    report = make_report(experiment, with_judgements(records), events, judge_card=card)
     if arguments.format == "text":
         text = report.to_text()
     elif arguments.format == "json":

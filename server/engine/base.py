@@ -131,6 +131,8 @@ class EngineRequest:
             share one.
         benign_read: whether to read the monitor's benign probe.
         refusal_score: whether the first token generated is a reply's, so that it has one.
+        priority: above 0 for what nobody waits for. It gets a slot only when nothing of a lower
+            number waits, and is turned down where the queue is more than half full.
     """
 
     request_id: str
@@ -143,6 +145,7 @@ class EngineRequest:
     constraint: TokenConstraint | None = None
     benign_read: MonitorRead = "always"
     refusal_score: bool = True
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,11 @@ class EngineToken:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot for the metrics page."""
+    """A snapshot for the metrics page.
+
+    Args:
+        waiting: requests that somebody waits for.
+    """
 
     running: int
     waiting: int

@@ -231,7 +231,7 @@ class LocalEngine:
         scheduler = self._scheduler
         used = scheduler.slots.used if scheduler is not None else 0
         with self._work:
-            waiting = sum(not w.outbox.cancelled for w in self._waiting)
+            waiting = sum(not (w.outbox.cancelled or w.request.priority) for w in self._waiting)
         return EngineStats(running=used, waiting=waiting, slots=self.max_num_seqs, slots_used=used)
 
     def healthy(self) -> bool:

@@ -3,6 +3,9 @@
 Fair means max-min: a free slot goes to the waiting client that has the fewest requests running, and
 among equals to the one that has waited longest for its turn. Requests of one client keep their
 order.
+
+Requests of a lower class (`EngineRequest.priority` above 0: work that nobody waits for) come after
+everybody else's, in their order, and take no room from them.
 """
 
 from __future__ import annotations
@@ -30,17 +33,28 @@ class FairQueue:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._clients: OrderedDict[str, deque[Waiting]] = OrderedDict()
+        self._later: deque[Waiting] = deque()
+        """Of lower classes; the next one first."""
 
     def __len__(self) -> int:
+        return self.urgent + len(self._later)
+
+    @property
+    def urgent(self) -> int:
+        """Requests that somebody waits for."""
         return sum(len(queue) for queue in self._clients.values())
 
     def __iter__(self) -> Iterator[Waiting]:
         for queue in self._clients.values():
             yield from queue
+        yield from self._later
 
     def put(self, *requests: Waiting) -> None:
-        """Add requests of one client, all or none. Raises QueueFullError."""
+        """Add requests of one client and class, all or none. Raises QueueFullError."""
         if not requests:
+            return
+        if requests[0].request.priority > 0:
+            self._put_later(*requests)
             return
         client = requests[0].request.client
         own = len(self._clients.get(client, ()))
@@ -50,17 +64,23 @@ class FairQueue:
             if not self._room(client, own, len(requests)):
                 raise QueueFullError(
                     f"{own} of this client's requests are waiting already"
-                    if len(self) + len(requests) <= self.limit
-                    else f"{len(self)} requests are waiting already"
+                    if self.urgent + len(requests) <= self.limit
+                    else f"{self.urgent} requests are waiting already"
                 )
         self._clients.setdefault(client, deque()).extend(requests)
 
     def _room(self, client: str, own: int, more: int) -> bool:
-        free = self.limit - len(self) - more
+        free = self.limit - self.urgent - more
         if free < 0:
             return False
         # Whoever has no name shares the whole queue with the others that have none.
         return not client or own + more <= max(1, _SHARE * free)
+
+    def _put_later(self, *requests: Waiting) -> None:
+        if len(self) + len(requests) > self.limit // 2:
+            raise QueueFullError("the queue is more than half full")
+        self._later.extend(requests)
+        self._later = deque(sorted(self._later, key=lambda w: w.request.priority))  # stable
 
     def pop(self, running: Mapping[str, int] | None = None) -> Waiting | None:
         """The next request, None where nobody waits.
@@ -70,7 +90,7 @@ class FairQueue:
         """
         self.forget_cancelled()
         if not self._clients:
-            return None
+            return self._later.popleft() if self._later else None
         counts = Counter(running or {})
         client = min(self._clients, key=lambda name: counts[name])  # the first of equals
         queue = self._clients[client]
@@ -85,6 +105,7 @@ class FairQueue:
         """Take everything out."""
         found = list(self)
         self._clients.clear()
+        self._later.clear()
         return found
 
     def forget_cancelled(self) -> None:
@@ -105,4 +126,5 @@ class FairQueue:
                     self._clients[client] = kept
                 else:
                     del self._clients[client]
+            self._later = deque(w for w in self._later if w not in found)
         return found

@@ -16,8 +16,6 @@ from tests.deploy.conftest import DEPLOY, ROOT
 BIN = Path(sys.executable).parent
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text("utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
-NOT_YET = {"experiments_journal", "experiments_db"}
-"""Settings that come with the records of experiments."""
 
 
 def lint(tool: str, *arguments: str | Path) -> None:

@@ -127,6 +127,31 @@ def test_a_full_queue_refuses_at_once_and_a_cancelled_wait_makes_room(
         asyncio.run(run(engine))
 
 
+def test_a_request_of_a_lower_class_is_computed_after_those_somebody_waits_for(
+    endless_llama: LanguageModel,
+) -> None:
+    async def run(engine: LocalEngine) -> list[str]:
+        order: list[str] = []
+
+        async def answer(name: str, priority: int) -> None:
+            request = replace(ask(prompt_of(5), max_tokens=3), priority=priority)
+            assert len(await collect(engine, request)) == 3
+            order.append(name)
+
+        async with aclosing(engine.generate(endless())) as blocking:
+            await anext(blocking)  # the only slot is taken
+            tasks = [asyncio.create_task(answer("shadow", 1))]
+            await until(lambda: len(engine._waiting) == 1)
+            assert engine.stats().waiting == 0
+            tasks.append(asyncio.create_task(answer("client", 0)))
+            await until(lambda: engine.stats().waiting == 1)
+        await asyncio.gather(*tasks)
+        return order
+
+    with running(endless_llama, max_num_seqs=1) as engine:
+        assert asyncio.run(run(engine)) == ["client", "shadow"]
+
+
 def test_requests_submitted_together_are_admitted_all_or_none(
     endless_llama: LanguageModel,
 ) -> None:

@@ -15,10 +15,10 @@ from server.engine.rows import Waiting
 from server.engine.stream import Outbox
 
 
-def waiting(client: str, name: str = "") -> Waiting:
+def waiting(client: str, name: str = "", priority: int = 0) -> Waiting:
     loop = asyncio.new_event_loop()
     loop.close()
-    return Waiting(EngineRequest(name, (1,), client=client), Outbox(loop))
+    return Waiting(EngineRequest(name, (1,), client=client, priority=priority), Outbox(loop))
 
 
 def fill(queue: FairQueue, client: str) -> int:
@@ -117,3 +117,36 @@ def test_nothing_is_lost_or_invented(steps: list[tuple[str, bool]], limit: int) 
             inside[found.request.client] -= 1
         assert len(queue) == inside.total() <= limit
     assert Counter(drained(queue)) == +inside
+
+
+def test_lower_classes_wait_for_everybody_else() -> None:
+    queue = FairQueue(10)
+    queue.put(waiting("s", "late", priority=2))
+    queue.put(waiting("s", "shadow 1", priority=1), waiting("s", "shadow 2", priority=1))
+    queue.put(waiting("a", "first"))
+    queue.put(waiting("b", "second"))
+    names = [found.request.request_id for _ in range(5) if (found := queue.pop()) is not None]
+    assert names == ["first", "second", "shadow 1", "shadow 2", "late"]
+    assert queue.pop() is None
+
+
+def test_lower_classes_fill_no_more_than_half_and_cost_nobody_a_place() -> None:
+    queue = FairQueue(8)
+    for _ in range(4):
+        queue.put(waiting("s", priority=1))
+    with pytest.raises(QueueFullError, match="half full"):
+        queue.put(waiting("s", priority=1))
+    for _ in range(8):
+        queue.put(waiting(""))
+    with pytest.raises(QueueFullError, match="8 requests"):
+        queue.put(waiting(""))
+    assert queue.urgent == 8 and len(queue) == 12
+    assert len(queue.drain()) == 12 and not len(queue)
+
+
+def test_a_lower_class_that_has_gone_is_forgotten() -> None:
+    queue = FairQueue(4)
+    gone = waiting("s", priority=1)
+    queue.put(gone)
+    gone.outbox.cancelled = True
+    assert queue.pop() is None and not len(queue)
