@@ -274,6 +274,8 @@ def sample_ratio_p(answers: Answers) -> float:
         evidence = total + sample_ratio_evidence(np.array(units, np.int64), shares)
         if len(evidence):
             highest, total = max(highest, float(evidence.max())), float(evidence[-1])
+        if stopped == 0:  # without a control nothing is compared
+            break
         if stopped > 0:
             shares[0], shares[stopped] = shares[0] + shares[stopped], 0.0
         start = time

@@ -91,7 +91,8 @@ def rates(report: Report) -> Figure:
         for x, rate in shown:
             if rate.low is not None and rate.high is not None:
                 axes.plot([x, x], [rate.low, rate.high], color=colour, linewidth=1.5)
-    axes.set_xticks(range(len(metrics)), [LABELS[metric] for metric in metrics])
+    labels = [LABELS[metric].replace(", ", ",\n").replace(" or ", "\nor ") for metric in metrics]
+    axes.set_xticks(range(len(metrics)), labels)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("rate")
     axes.legend()

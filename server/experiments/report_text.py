@@ -126,7 +126,7 @@ def shown(figure: Interval | Bounds | None, *, sign: bool = False) -> str:
     form = "+.3f" if sign else ".3f"
     value = format(figure.value, form)
     if figure.low is None or figure.high is None:
-        return f"{value} [too few]"
+        return f"{value} [no interval]"
     return f"{value} [{figure.low:{form}}, {figure.high:{form}}]"
 
 

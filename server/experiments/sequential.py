@@ -251,10 +251,9 @@ def difference_sequence(
 def _sequence(
     boundary: Boundary, at: Ints, n: Ints, units: Ints, fewest: Floats, estimate: Floats, se: Floats
 ) -> ConfidenceSequence:
-    se = np.where(fewest >= LEAST_UNITS, se, np.inf)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        z = np.where(se > 0, estimate / se, np.where(estimate == 0, 0.0, np.inf))
-    p = np.minimum.accumulate(boundary.p_value(z, n)) if len(at) else np.empty(0)
+    # Values that are all the same show nothing of how far others may be.
+    se = np.where((fewest >= LEAST_UNITS) & (se > 0), se, np.inf)
+    p = np.minimum.accumulate(boundary.p_value(estimate / se, n)) if len(at) else np.empty(0)
     return ConfidenceSequence(at, n, units, estimate, se, boundary.factor(n), p)
 
 

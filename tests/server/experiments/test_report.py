@@ -59,7 +59,10 @@ def test_arms_are_compared_one_by_one_and_adjusted_for_their_number() -> None:
     assert verdicts(report) == {"a": "better", "b": "inconclusive", "c": "worse"}
     for comparison in report.comparisons:
         assert comparison.holm_p >= comparison.p
-    two = make_report(experiment(2), [r for r in traffic([0.2, 0.1, 0.2, 0.35], 6000) if r.arm < "b" or r.arm == "raw"])  # fmt: skip # noqa: E501
+    two = make_report(
+        experiment(2),
+        [r for r in traffic([0.2, 0.1, 0.2, 0.35], 6000) if r.arm < "b" or r.arm == "raw"],
+    )
     width = [
         (d := r.comparisons[0].differences["refusal"]).high - d.low  # type: ignore[operator]
         for r in (report, two)
@@ -104,7 +107,9 @@ def test_a_unit_in_two_arms_is_a_bug_that_is_reported() -> None:
 def test_requests_without_a_unit_are_reported_apart() -> None:
     records = traffic([0.2, 0.4], 3000)
     loose = [dataclasses.replace(r, sticky=False) for r in traffic([0.9, 0.1], 500, start=9000)]
-    report, alone = (make_report(experiment(), found, now=0.0) for found in ([*records, *loose], records))  # fmt: skip # noqa: E501
+    report, alone = (
+        make_report(experiment(), found, now=0.0) for found in ([*records, *loose], records)
+    )
     assert report.comparisons == alone.comparisons
     assert [arm.rates for arm in report.arms] == [arm.rates for arm in alone.arms]
     assert sum(arm.unsticky_answers for arm in report.arms) == 500
@@ -220,7 +225,12 @@ def test_corrected_rates_cover_the_truth_at_every_look() -> None:
     """The judge's figures are drawn anew in every run, and the rate is looked at many times."""
     rng, truth, q1, q0, missed, runs = np.random.default_rng(0), 0.3, 0.85, 0.95, 0, 60
     for _ in range(runs):
-        card = Card(JUDGE, "held_out", Rate(int(rng.binomial(80, q1)), 80), Rate(int(rng.binomial(120, q0)), 120))  # fmt: skip # noqa: E501
+        card = Card(
+            JUDGE,
+            "held_out",
+            Rate(int(rng.binomial(80, q1)), 80),
+            Rate(int(rng.binomial(120, q0)), 120),
+        )
         seen = np.where(rng.random(800) < truth, rng.random(800) < q1, rng.random(800) > q0)
         records = [answer(i, "raw", "refusal" if seen[i] else "answer") for i in range(800)]
         looks = [

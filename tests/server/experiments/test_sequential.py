@@ -166,6 +166,12 @@ def test_there_is_no_interval_of_few_units() -> None:
     assert (found.p == 1).all()
 
 
+def test_values_that_are_all_the_same_are_not_certain() -> None:
+    n, limits = 100, Boundary.tightest_at(100, 0.05)
+    found = mean_sequence(np.full(n, 0.5), np.arange(n), limits)
+    assert np.isinf(found.high).all() and (found.p == 1).all()
+
+
 def test_values_needed_bring_the_interval_to_the_margin() -> None:
     limits = Boundary.tightest_at(1000, 0.05)
     needed = values_needed(limits, 0.5, 0.03)
