@@ -9,13 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt $(PIP_ARGS)
 ARGS ?=
 
-.PHONY: serve test check format bench test-services clean
+.PHONY: serve test check format bench test-load test-services clean
 
 serve: $(VENV)/.serve  ## start the server on the demo model; flags by ARGS="--port 8123"
 	$(BIN)/pilothouse serve $(ARGS)
 
 test: $(VENV)/.test  ## run the tests (offline, no system packages)
-	$(BIN)/python -m pytest --ignore tests/services $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/services --ignore tests/load $(ARGS)
 
 check: $(VENV)/.test  ## lint, format and types
 	$(BIN)/ruff check
@@ -29,7 +29,10 @@ format: $(VENV)/.test
 bench: $(VENV)/.test  ## benchmarks, ratios taken side by side; one of them by BENCH=engine
 	$(BIN)/python -m tests.benchmarks $(BENCH) $(ARGS)
 
-test-services: $(VENV)/.test  ## tests against a real Prometheus (Debian package: prometheus)
+test-load: $(VENV)/.test  ## a server under disconnects, faults, overload and a long soak (ten minutes)
+	$(BIN)/python -m pytest tests/load $(ARGS)
+
+test-services: $(VENV)/.test  ## tests against a real Prometheus and PostgreSQL (Debian packages: prometheus, postgresql)
 	$(BIN)/python -m pytest tests/services $(ARGS)
 
 clean:

@@ -36,6 +36,7 @@ from server.responses import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
+    Health,
     ModelCard,
     ModelList,
     ProfileCard,
@@ -76,6 +77,8 @@ def create_app(host: Host) -> FastAPI:
     """The application around a host, whose engine starts and stops with it."""
     metrics = Metrics([*host.profiles.names, COMPOSED])
     _describe(host, metrics)
+    if host.records is not None:
+        host.records.on_lost(metrics.records_lost.inc)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -213,11 +216,12 @@ def _add_lists(app: FastAPI, host: Host) -> None:
 
 def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
     @app.get("/health", responses=errors(503), tags=["operations"], summary="Is it alive?")
-    async def health() -> Status:
-        """The engine's thread runs. Restart the server where this fails."""
+    async def health() -> Health:
+        """The engine's thread runs. Restart the server where this fails. `records` says whether
+        those of experiments reach their database, which no restart would change."""
         if not host.engine.healthy():
             raise UnavailableError("The engine does not run.")
-        return Status(status="ok")
+        return Health(status="ok", records=host.records.state if host.records else "off")
 
     @app.get("/ready", responses=errors(503), tags=["operations"], summary="Send it requests?")
     async def ready() -> Status:
@@ -241,7 +245,8 @@ def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
         summary="Metrics",
     )
     async def show_metrics(request: Request) -> Response:
-        metrics.watch(host.engine.stats())
+        pending = host.records.pending if host.records else 0
+        metrics.watch(host.engine.stats(), records_pending=pending)
         hidden = caller_of(request).hidden_labels(host.profiles)
         page, content_type = metrics.page(request.headers.get("accept", ""), hidden)
         return Response(page, headers={"Content-Type": content_type})

@@ -95,11 +95,7 @@ class GrammarCompiler:
 
     async def compile(self, grammar: str) -> Grammar:
         """The grammar at its start; copy it before use. Raises GrammarError."""
-        if len(grammar) > MAX_GRAMMAR_CHARACTERS:
-            raise GrammarError(
-                f"the schemas have {len(grammar)} characters together with what frames them; this "
-                f"server takes {MAX_GRAMMAR_CHARACTERS}"
-            )
+        check_length(len(grammar))
         if (known := self._cache.get(grammar)) is not None:
             return known
         turn, loop = self._turn, asyncio.get_running_loop()
@@ -158,10 +154,25 @@ class GrammarCompiler:
         return compiled
 
 
+def check_length(characters: int) -> None:
+    """Raise GrammarError for a grammar of more characters than are compiled, or at least so
+    many."""
+    if characters > MAX_GRAMMAR_CHARACTERS:
+        raise GrammarError(
+            f"the schemas are longer than {MAX_GRAMMAR_CHARACTERS} characters, together with what "
+            "frames them"
+        )
+
+
 def json_text(schema: Mapping[str, Any]) -> str:
     """Lark for text that satisfies a JSON schema. Raises GrammarError."""
-    if math.lcm(*_multiples(schema)) > MAX_MULTIPLE:
-        raise GrammarError(f"'multipleOf' goes up to {MAX_MULTIPLE} here, several taken together")
+    common = 1
+    for multiple in _multiples(schema):
+        common = math.lcm(common, multiple)
+        if common > MAX_MULTIPLE:
+            raise GrammarError(
+                f"'multipleOf' goes up to {MAX_MULTIPLE} here, several taken together"
+            )
     # The last word on options: a schema may bring its own, `lenient` among them.
     options = {"whitespace_pattern": _WHITESPACE}
     try:
@@ -171,14 +182,20 @@ def json_text(schema: Mapping[str, Any]) -> str:
 
 
 def _multiples(schema: Mapping[str, Any]) -> Iterator[int]:
-    """The digits of every `multipleOf`, without point and trailing zeros."""
+    """The digits of every `multipleOf`, without point and trailing zeros.
+
+    Raises GrammarError for a schema that is too long to be read to its end: this runs on the event
+    loop.
+    """
     pending: list[Any] = [schema]
+    seen = 0
     while pending:
         node = pending.pop()
+        check_length(seen := seen + 1)  # each takes a character or more
         if isinstance(node, Mapping):
             pending += node.values()
             value = node.get("multipleOf")
-            if isinstance(value, int | float) and math.isfinite(value) and value:
+            if isinstance(value, int | float) and value and abs(value) < math.inf:
                 digits = "".join(map(str, Decimal(str(abs(value))).as_tuple().digits))
                 yield int(digits.rstrip("0"))
         elif isinstance(node, list):

@@ -12,30 +12,28 @@ from pathlib import Path
 
 import torch
 
-import steering
 from server.access import Access
 from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
 from server.engine.local import LocalEngine
+from server.experiments.store import Records, open_records
 from server.grammar import GrammarCompiler
-from server.profiles import MONITOR_FILE, ProfileStore, profile_files
+from server.profiles import ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
 from server.token_text import TokenTexts
 from server.tool_parsers import ToolParserSetting
 from server.tools import ToolSupport, find_tool_support
+from steering.demo import DEMO, DEMO_NAME
 from steering.fold import fold_into
 from steering.judge import Outcome, judge
 from steering.models import LanguageModel, load_model
-from steering.monitor import Monitor, PromptClass
+from steering.monitor import MONITOR_FILE, Monitor, PromptClass
 from steering.plan import sites_of
 from steering.profile import Profile
 from steering.selftest import self_test
 from steering.template import TemplateForm, check_kwargs, form_of, prompt_ending, with_form
 
 logger = logging.getLogger(__name__)
-
-DEMO_NAME = "demo"
-DEMO = Path(steering.__path__[0]) / "demo"
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class Host:
         limits: what else is refused before any work.
         access: who may do what; without keys, everybody who can connect may do everything.
         tool_parser: how the model writes tool calls.
+        records: of experiments; None if nobody asked for any.
     """
 
     engine: Engine
@@ -90,6 +89,7 @@ class Host:
     access: Access = field(default_factory=Access)
     cors_origins: tuple[str, ...] = ()
     tool_parser: ToolParserSetting = "auto"
+    records: Records | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     draining: bool = False
     _started: bool = False
@@ -98,12 +98,16 @@ class Host:
         """Start the engine, unless that was done. Raises ValueError if it cannot start."""
         if not self._started:
             self.engine.start()
+            if self.records is not None:
+                self.records.start()
             self._started = True
 
     def close(self) -> None:
         self.draining = True
         self.engine.close()
         self.access.audit.close()
+        if self.records is not None:
+            self.records.close()
 
     @cached_property
     def token_texts(self) -> TokenTexts:
@@ -142,6 +146,7 @@ def open_host(settings: Settings) -> Host:
     Raises ValueError, in one line that says what to do, for whatever cannot be served.
     """
     access = open_access(settings)
+    records = open_records(settings)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     lm = _load(settings)
@@ -193,6 +198,7 @@ def open_host(settings: Settings) -> Host:
         access=access,
         cors_origins=tuple(settings.cors_origin),
         tool_parser=settings.tool_parser,
+        records=records,
     )
 
 

@@ -130,6 +130,12 @@ class Metrics:
         self.audit_lost = self._counter(
             "audit_records_lost", "Lines that the audit log could not keep."
         )
+        self.records_pending = self._gauge(
+            "records_pending", "Records of experiments that wait for the database."
+        )
+        self.records_lost = self._counter(
+            "records_lost", "Records of experiments that could not be kept."
+        )
         self.http_requests = self._counter(
             "http_requests", "HTTP requests, by route and class of status.",
             "route", "method", "status",
@@ -198,8 +204,9 @@ class Metrics:
         for metric in self._by_profile():
             metric.labels(profile)
 
-    def watch(self, stats: EngineStats) -> None:
-        """Take over what the engine says of itself; called before each scrape."""
+    def watch(self, stats: EngineStats, *, records_pending: int = 0) -> None:
+        """Take over what others say of themselves; called before each scrape."""
+        self.records_pending.set(records_pending)
         self._sweep()
         self.running.set(stats.running)
         self.waiting.set(stats.waiting)

@@ -189,8 +189,8 @@ async def render_prompt(
     await _check_turns(host, body.messages or ())
     turns = [turn.rendered(f"messages[{i}]") for i, turn in enumerate(body.messages or ())]
     tools = [tool.rendered() for tool in offered]
-    texts = _texts([[turn["content"], turn.get("tool_calls")] for turn in turns] + tools)
-    check_text(host, list(texts), "messages")
+    said = [[turn["content"], turn.get("tool_calls")] for turn in turns]
+    await asyncio.to_thread(lambda: check_text(host, list(_texts(said + tools)), "messages"))
     more: dict[str, Any] = {
         **body.template_flags,
         **asked_kwargs(host, body),

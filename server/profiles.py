@@ -14,15 +14,13 @@ from server.redact import RESTRICTED
 from server.responses import ModelCard, ProfileCard
 from steering.edit import Edit
 from steering.models import LanguageModel
+from steering.monitor import MONITOR_FILE
 from steering.profile import RAW, Profile, ProfileError
 
 COMPOSED = "composed"
 """Stands for all compositions of several profiles where metrics name a profile."""
 RESERVED = (COMPOSED, RESTRICTED)
 """Names that mean something else in metrics."""
-
-MONITOR_FILE = "monitor.safetensors"
-"""Lies beside a model's profiles and is none."""
 
 
 class ProfileStore:

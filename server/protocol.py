@@ -163,21 +163,47 @@ _StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Body(Strict):
-    """A request's body, whose mistakes are not even listed if there are very many.
+MOST_PARTS = 20_000
+_USUAL_KEYS = 8
 
-    Listing them is slow: a small body can hold a million.
+
+class Body(Strict):
+    """A request's body that is not even looked at if it has very many parts, and whose mistakes
+    are not listed if there are very many.
+
+    Both are slow, and hold up everybody: a small body can have a million.
     """
 
     @model_validator(mode="wrap")
     @classmethod
     def _stop_at_many(cls, value: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if (count := _parts(value)) > MOST_PARTS:
+            raise InvalidRequestError(
+                f"The body has {count} parts (keys, content parts, tool calls, prompts); this "
+                f"server takes {MOST_PARTS}."
+            )
         try:
             return validate(value)
         except ValidationError as error:
             if (count := error.error_count()) > MOST_MISTAKES:
                 raise InvalidRequestError(f"The body has {count} mistakes.") from None
             raise
+
+
+def _parts(body: Any) -> int:
+    """What has a validation of its own, apart from messages and their usual keys."""
+    if not isinstance(body, dict):
+        return 0
+    count, messages, prompts = len(body), body.get("messages"), body.get("prompt")
+    if isinstance(messages, list) and len(messages) <= MOST_MESSAGES:
+        for message in messages:
+            if isinstance(message, dict):
+                count += max(len(message) - _USUAL_KEYS, 0)
+                lists = (message.get("content"), message.get("tool_calls"))
+                count += sum(len(value) for value in lists if isinstance(value, list))
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        count += len(prompts)
+    return count
 
 
 def asked_profile(model: str, steering: SteeringChoice | None) -> dict[str, str]:

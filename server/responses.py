@@ -284,6 +284,10 @@ class Status(BaseModel):
     status: str
 
 
+class Health(Status):
+    records: Literal["ok", "behind", "failing", "off"]
+
+
 class Version(BaseModel):
     version: str
 

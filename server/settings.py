@@ -138,6 +138,26 @@ class Settings(BaseSettings):
         None, description="file to append a JSON line to for each request; opened again at SIGHUP"
     )
     audit_prompts: bool = Field(False, description="keep prompts and replies in the audit log")
+    experiments_journal: Path | None = Field(
+        None,
+        description="folder, of this server alone, for the records of experiments; without it none "
+        "are kept",
+    )
+    experiments_db: str | None = Field(
+        None,
+        min_length=1,
+        description="database of these records, sqlite:///FILE or postgresql://USER@HOST/NAME; "
+        "default: SQLite in the folder",
+    )
+    experiments_retention_days: float | None = Field(
+        None, gt=0, description="days that answers in experiments are kept; default: for ever"
+    )
+    experiments_text: bool = Field(
+        False, description="keep prompts and replies in the records of experiments"
+    )
+    experiments_fsync: bool = Field(
+        False, description="wait for the disk at each record; slower, survives a loss of power"
+    )
     cors_origin: Annotated[list[str], NoDecode] = Field(
         [],
         description="origin of web pages that may use the API; may be repeated (as a variable: "
@@ -181,6 +201,15 @@ class Settings(BaseSettings):
                 f"host, --host {self.host} can be reached by others, and there are no keys; name "
                 "a file of them with --keys (see `pilothouse keys create`), listen on 127.0.0.1, "
                 "or add --insecure if you mean it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _journal_before_database(self) -> Settings:
+        if self.experiments_db is not None and self.experiments_journal is None:
+            raise ValueError(
+                "experiments_db, --experiments-db needs --experiments-journal DIR, a folder of "
+                "this server alone where records wait for the database"
             )
         return self
 

@@ -12,7 +12,14 @@ from pydantic import Field
 
 from server.detokenize import special_tokens
 from server.errors import InvalidRequestError
-from server.grammar import Grammar, GrammarCompiler, GrammarError, json_text, literal
+from server.grammar import (
+    Grammar,
+    GrammarCompiler,
+    GrammarError,
+    check_length,
+    json_text,
+    literal,
+)
 from server.tool_parsers import CLOSE, OPEN, ToolFormat
 from server.tools import Name, Tool, ToolUse
 from server.validation import Strict
@@ -113,6 +120,7 @@ def _call_of_any(format: ToolFormat | None, tools: tuple[Tool, ...]) -> str:
     key = "arguments" if format == "hermes" else "parameters"
     rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(tools)))}"]
     for i, tool in enumerate(tools):
+        check_length(sum(map(len, rules)))
         head = literal(f'{{"name": "{tool.function.name}", "{key}": ')
         arguments = json_text(tool.function.schema_of_arguments)
         rules.append(f"call_{i}: {head} {arguments} {literal('}')}")

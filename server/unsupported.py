@@ -83,12 +83,13 @@ def ignored_fields(
 
     Raises InvalidRequestError for one that is known and asks for something.
     """
+    told_prefix = re.sub(r"\[\d+\]", "", prefix) if extra else ""
     for name, value in extra.items():
         if value is None:
             continue
         accepted = unsupported.get(name)
         if accepted is None:
-            yield re.sub(r"\[\d+\]", "", prefix) + name
+            yield told_prefix + name
         elif not any(_same(value, default) for default in accepted):
             told = f" (leave it out or send {json.dumps(accepted[0])})" if accepted else ""
             raise InvalidRequestError(

@@ -42,17 +42,25 @@ def prompt_mean(x: Tensor, lengths: Tensor) -> Tensor:
     return total / lengths[:, None]
 
 
-def last_tokens(count: int) -> Pool:
+@dataclass(frozen=True)
+class LastTokens:
     """A pool of each row's last `count` columns, `[B, count, D]`, in their order.
 
     Its caller sees to it that no row is shorter.
     """
 
-    def pool(x: Tensor, lengths: Tensor) -> Tensor:
-        columns = lengths[:, None] + torch.arange(-count, 0, device=x.device)
+    count: int
+
+    def __call__(self, x: Tensor, lengths: Tensor) -> Tensor:
+        columns = lengths[:, None] + torch.arange(-self.count, 0, device=x.device)
         return x[torch.arange(len(lengths), device=x.device)[:, None], columns]
 
-    return pool
+
+def name_of(pool: Pool) -> str | None:
+    """The same in every process for one pool; None for a pool that is not of this module."""
+    if isinstance(pool, LastTokens):
+        return repr(pool)
+    return next((p.__name__ for p in (last_token, prompt_mean) if p is pool), None)
 
 
 class Reader(Protocol):
@@ -65,6 +73,7 @@ class Reader(Protocol):
         sites: Collection[Site],
         *,
         edits: Sequence[AppliedEdit] = (),
+        pool: Pool = last_token,
         on_done: Callable[[int], object] | None = None,
     ) -> Iterator[ActivationBatch]: ...
 

@@ -1,11 +1,13 @@
-"""Where the seconds of a fit go."""
+"""Where the seconds of a fit go, and how much memory it needed."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class Clock:
@@ -33,3 +35,17 @@ class Clock:
         finally:
             self._inside = False
             self.seconds[phase] += self.now() - start
+
+
+def peak_memory() -> float | None:
+    """The most main memory that this process has needed, in MiB; None where nobody says."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage hands the figure on from the process that started this one, which is larger.
+        found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return float(found[0].split()[1]) / 1024 if found else None
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS

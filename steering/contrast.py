@@ -57,7 +57,10 @@ def contrast_sides(data: FitData, contrast: Contrast, per_kind: int) -> Sides:
     if contrast == "outcomes":
         prompts = [p for p in prompts if p.harmful]
     data.report(f"judging replies to {len(prompts)} fit prompts")
-    return sides_by_outcome(prompts, data.outcomes(prompts), contrast)
+    try:
+        return sides_by_outcome(prompts, data.outcomes(prompts), contrast)
+    except ValueError as error:
+        raise ValueError(f"{error}, or use another contrast: labels needs no replies") from None
 
 
 def sides_by_outcome(
@@ -65,7 +68,7 @@ def sides_by_outcome(
 ) -> Sides:
     """The sides of a contrast that needs outcomes, those of the unedited model's replies.
 
-    Raises ValueError, naming the contrast to use instead, where a side would be empty.
+    Raises ValueError, saying what is missing, where a side would be empty.
     """
     judged = list(zip(prompts, outcomes, strict=True))
 
@@ -74,7 +77,7 @@ def sides_by_outcome(
         if not found:
             raise ValueError(
                 f"the contrast {contrast!r} needs {'harmful' if harmful else 'benign'} fit prompts "
-                f"that the model {verb}, and there are none. Add some, or use contrast=labels"
+                f"that the model {verb}, and there are none: add some"
             )
         return found
 
@@ -121,9 +124,14 @@ def state_moments(
 
 def unit(vector: Tensor, site: Site) -> Tensor:
     """`v / ||v||`. Raises ValueError where the sides do not differ."""
-    norm = float(vector.norm())
-    if not norm > 1e-12:
+    check_apart(vector, site)
+    return vector / float(vector.norm())
+
+
+def check_apart(difference: Tensor, site: Site) -> None:
+    """Raise ValueError where the sides do not differ: there is no direction between them."""
+    if not float(difference.norm()) > 1e-12:
         raise ValueError(
-            f"the two sides of the contrast do not differ at {site}; edit later blocks"
+            f"the two sides of the contrast do not differ at {site}: edit later blocks, and see "
+            "that the prompts of the two labels differ"
         )
-    return vector / norm

@@ -23,6 +23,10 @@ PROMPT_COLUMNS = (
 )
 
 
+class NoLabelError(ValueError):
+    """Neither the file nor the caller says whether the prompts are harmful."""
+
+
 def _text(record: Record, column: str) -> str:
     """What `column` holds, without the white space around it."""
     if not isinstance(record.value, dict):
@@ -80,6 +84,8 @@ def _plain(record: Record) -> str:
     value = record.value
     if isinstance(value, str) and value.strip():
         return value.strip()
+    if isinstance(value, list) and record.source.path.suffix.lower() == ".jsonl":
+        raise record.error("is a list; a file that is one list of prompts is a .json")
     column = next((c for c in PROMPT_COLUMNS if isinstance(value, dict) and c in value), None)
     if column is None:
         columns = ", ".join(PROMPT_COLUMNS)
@@ -250,19 +256,19 @@ def read_prompts(
     if not file.records and not file.columns:
         raise ValueError(f"{path} holds no prompts")
     known = _choose(file, dataset)
+    texts = [known.text(record) for record in file.records]
     label = harmful
     if label is None and known.harmful_by is None:
         label = known.label_of_file(path)
         label = known.harmful if label is None else label
         if label is None:
-            raise ValueError(
+            raise NoLabelError(
                 f"{path}, read as {known.name}, does not say whether its prompts are harmful: "
-                f"give harmful=True or harmful=False, or name a data set that says so "
+                f"give the label, or name a data set that says so "
                 f"({', '.join(d.name for d in DATASETS if d.harmful is not None)})"
             )
     rows = []
-    for record in file.records:
-        text = known.text(record)
+    for record, text in zip(file.records, texts, strict=True):
         kind = "/".join(filter(None, (_optional(record, column) for column in known.kind)))
         if not (text + kind).isascii() and re.search(r"[\ud800-\udfff]", text + kind):
             raise record.error("holds half a surrogate pair, which no tokenizer can read")

@@ -7,10 +7,13 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 
+from steering.clock import peak_memory
+from steering.hyper_parameters import check_finite
 from steering.judge import version_of
 from steering.methods import FitData, Method, discover
 from steering.profile import Profile
@@ -46,6 +49,7 @@ def make_method(name: str, settings: Mapping[str, str] | None = None) -> Method:
                 f"{name} has no hyper-parameter {field!r}; it has {', '.join(known) or 'none'}"
             )
         values[field] = _parse(field, text, known[field])
+        check_finite(field, values[field])
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -64,7 +68,19 @@ def _parse(field: str, text: str, hint: Any) -> Any:
             return TypeAdapter(hint).validate_python(candidate)
         except ValidationError:
             continue
+    choices = _choices(hint)
+    if choices:
+        raise ValueError(f"{field} cannot be {text!r}; it takes {', '.join(choices)}")
     raise ValueError(f"{field} cannot be {text!r}; it is a {_spelled(hint)}, written as JSON")
+
+
+def _choices(hint: Any) -> list[str]:
+    """The values of a literal type, or of those in a tuple type; none for any other."""
+    if get_origin(hint) is Literal:
+        return [str(choice) for choice in get_args(hint)]
+    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
+        return _choices(get_args(hint)[0])
+    return []
 
 
 def _spelled(hint: Any) -> str:
@@ -76,12 +92,14 @@ def fit_profile(
 ) -> Profile:
     """Fit and bind to the base model; provenance says how it was made.
 
-    Reports prompts that occur twice, and where the seconds went.
+    Reports prompts that occur twice, where the seconds went, and the process's peak memory.
 
     Args:
         name: the profile's; the method's name with dashes if None.
         summary: the card's sentence; the method's own if None.
     """
+    for prompts in (data.fit, data.selection):
+        data.encode(prompts.prompts)  # what cannot be read should not show after hours
     repeated = overlaps(data)
     before, started = dict(data.clock.seconds), data.clock.now()
     fitted = method.fit(data)
@@ -89,7 +107,12 @@ def fit_profile(
     phases = ("collecting", "generating", "selecting")
     seconds = {p: data.clock.seconds[p] - before.get(p, 0.0) for p in phases}
     seconds["solving"] = total - sum(seconds.values())  # everything else
-    data.report(f"{method.name}: " + ", ".join(f"{v:.1f} s {p}" for p, v in seconds.items()))
+    figures = [f"{value:.1f} s {phase}" for phase, value in seconds.items()]
+    if (peak := peak_memory()) is not None:
+        figures.append(f"peak memory {peak:.0f} MiB")
+    if data.lm.device.type == "cuda":
+        figures.append(f"{torch.cuda.max_memory_allocated(data.lm.device) / 2**20:.0f} MiB of GPU")
+    data.report(f"{method.name}: {', '.join(figures)}")
     return Profile(
         name=name or method.name.replace("_", "-"),
         method=method.name,

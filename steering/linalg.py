@@ -112,11 +112,16 @@ def null_space(second_moment: Tensor, rho: float) -> Tensor:
         rho: a fixed ratio, 0.3 to 0.6 in the released settings.
     """
     size = second_moment.shape[0]
-    # 0.3 * 10 is 2.9999999999999996: a count just below a whole number is that number.
-    count = int(rho * size + 1e-9)
+    count = null_space_size(size, rho)
     if not 0 < rho <= 1 or count < 1:
         raise ValueError(f"rho = {rho:g} keeps no direction of {size}; it is a share above 0, to 1")
     return _eigh(second_moment)[1][:, :count]
+
+
+def null_space_size(size: int, rho: float) -> int:
+    """`K = floor(rho D)`."""
+    # 0.3 * 10 is 2.9999999999999996: a count just below a whole number is that number.
+    return int(rho * size + 1e-9)
 
 
 def null_space_ridge(basis: Tensor, second_moment: Tensor, total: Tensor, penalty: float) -> Tensor:

@@ -28,6 +28,9 @@ from steering.template import TemplateForm
 
 PromptClass = Literal["harmful", "benign", "unknown"]
 
+MONITOR_FILE = "monitor.safetensors"
+"""Lies beside a model's profiles and is none."""
+
 _EPSILON = 1e-8
 # How much worse in AUROC a probe may be that is read for free.
 _AS_GOOD = 0.02

@@ -39,6 +39,15 @@ class ProfileError(ValueError):
     """A profile that cannot be read or used as asked; the message says why and what to do."""
 
 
+def check_name(name: str) -> None:
+    """Raise ProfileError unless a profile can have this name."""
+    if not _NAME.fullmatch(name):
+        raise ProfileError(
+            f"{name!r} is not a profile name: use up to 64 lower-case letters, digits, '.', '_' "
+            "and '-', starting with a letter or digit"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
     """Named edits that a server offers.
@@ -64,11 +73,7 @@ class Profile:
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ProfileError(
-                f"{self.name!r} is not a profile name: use up to 64 lower-case letters, digits, "
-                "'.', '_' and '-', starting with a letter or digit"
-            )
+        check_name(self.name)
         if self.edits and self.base is None:
             raise ProfileError(f"profile {self.name}: edits need the base model they belong to")
         if len({edit.dimension for edit in self.edits}) > 1:

@@ -64,14 +64,14 @@ class PromptSet:
         Raises ValueError if either part would lack a label that this set has.
         """
         parts: tuple[list[Prompt], list[Prompt]] = ([], [])
-        for group in (self.harmful, self.benign):
+        for label, group in (("harmful", self.harmful), ("harmless", self.benign)):
             texts = sorted({prompt.text for prompt in group})
             random.Random(seed).shuffle(texts)
             cut = round(share * len(texts))
             if texts and not 0 < cut < len(texts):
                 raise ValueError(
-                    f"{len(texts)} distinct prompts of one label cannot be split {share:g} to "
-                    "rest; give more prompts"
+                    f"there are too few distinct {label} prompts, {len(texts)}, to split them "
+                    f"{share:g} to {1 - share:g}; give more"
                 )
             chosen = set(texts[:cut])
             for prompt in group:

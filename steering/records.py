@@ -20,6 +20,11 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
+_PACKED = {
+    b"\x1f\x8b": "a gzip file",
+    b"PK\x03\x04": "a zip file (or a spreadsheet: save it as csv)",
+    b"PAR1": "a Parquet file",
+}
 _NOT_LEGACY_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f\ufffd]")
 
 # A quoted cell, or a bare one, in which quotes are ordinary characters. Possessive, so that a huge
@@ -112,6 +117,9 @@ def _place(before: str) -> str:
 
 
 def _decode(path: Path, data: bytes) -> Source:
+    for magic, kind in _PACKED.items():
+        if data.startswith(magic):
+            raise ValueError(f"{path} is {kind}, not text: unpack it first")
     encoding = _encoding(data)
     try:
         text = data.decode(encoding)

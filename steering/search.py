@@ -81,7 +81,10 @@ class Search:
         tried = rounds["judged"] = self._judge(name, data, left, aim, self.judged_per_kind)
         best = max(figures["score"] for figures in tried[1:])
         if best < tried[0]["score"]:
-            data.report(f"{name}: no option scores better than the unedited model")
+            data.report(
+                f"warning: {name}: no option scores better than the unedited model; what follows "
+                "is the best of them"
+            )
         close = (
             option
             for option, figures in zip(left, tried[1:], strict=True)
@@ -97,9 +100,11 @@ class Search:
         unedited: list[str] = []
         for option in (Option({"unedited": True}, ()), *options):
             edits = [AppliedEdit(edit, option.strength) for edit in option.edits]
-            texts = [data.lm.decode(reply) for reply in data.replies(prompts, edits)]
+            with data.clock.timed("selecting"):
+                replies = data.replies(prompts, edits)
+                judged = Judged(prompts, data.judged(prompts, replies))
+            texts = [data.lm.decode(reply) for reply in replies]
             unedited = unedited or texts
-            judged = Judged(prompts, [data.judge(text) for text in texts])
             wanted = judged.share(aim, harmful=True)
             answered = [
                 kept_words(prompt.text, before, after) if outcome == "answer" else 0.0
@@ -170,10 +175,3 @@ def candidate_blocks(
     count = min(count, len(found))
     steps = max(1, count - 1)
     return [found[i] for i in sorted({round(k * (len(found) - 1) / steps) for k in range(count)})]
-
-
-def as_tuple(value: Any) -> tuple[Any, ...]:
-    """A hyper-parameter that may hold several values, given as one or as several."""
-    if isinstance(value, tuple):
-        return value
-    return tuple(value) if isinstance(value, list) else (value,)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from steering.edit import AppliedEdit
+from steering.hyper_parameters import check_depth
 from steering.judge import Outcome
 from steering.methods import FitData
 from steering.prompts import Prompt
@@ -18,10 +19,7 @@ from steering.prompts import Prompt
 
 def blocks_at_depth(count: int, low: float, high: float) -> list[int]:
     """Blocks `l` of `count` with `low <= l / count <= high`; the nearest one if there is none."""
-    if not 0 <= low <= high <= 1:
-        raise ValueError(
-            f"a depth range is two shares in order, from 0 to 1; got {low:g}, {high:g}"
-        )
+    check_depth(low, high)
     found = [
         block for block in range(count) if low <= block / count + 1e-9 and block / count <= high
     ]

@@ -6,6 +6,7 @@ The header lies in the metadata under one key per kind of file, with the version
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,20 @@ def write_safetensors(
 
     Args:
         key: of the metadata, by kind of file.
+
+    Raises OSError where it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    # Of one process alone: several may be writing the same file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     text = json.dumps({"format": FORMAT, **header}, sort_keys=True)
-    # Not `save_file`, whose files nobody but their owner can read, whatever the umask.
-    partial.write_bytes(save(tensors, {key: text}))
-    partial.replace(path)
+    try:
+        # Not `save_file`, whose files nobody but their owner can read, whatever the umask.
+        partial.write_bytes(save(tensors, {key: text}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

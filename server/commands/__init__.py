@@ -13,7 +13,18 @@ import importlib
 import keyword
 from typing import Protocol, cast
 
-NAMES = ("serve", "fit", "eval", "profiles", "export", "import", "judge", "keys", "demo")
+NAMES = (
+    "serve",
+    "fit",
+    "eval",
+    "experiments",
+    "profiles",
+    "export",
+    "import",
+    "judge",
+    "keys",
+    "demo",
+)
 
 
 class Command(Protocol):

@@ -43,8 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    from server.hosting import DEMO
-    from steering.demo import recipe
+    from steering.demo import DEMO, recipe
 
     out = arguments.out or DEMO / "model"
     recipe.build(out, seed=arguments.seed, steps=arguments.steps, threads=arguments.threads)
@@ -55,7 +54,7 @@ def _build(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     import torch
 
-    from server.hosting import DEMO
+    from steering.demo import DEMO
     from steering.demo.fit import fit_demo
 
     torch.set_num_threads(arguments.threads)
@@ -74,9 +73,8 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 def _fit_baselines(arguments: argparse.Namespace) -> int:
     from server.engine.offline import OfflineGenerator
-    from server.hosting import DEMO
+    from steering.demo import DEMO
     from steering.demo.fit import BASELINES, fit_baselines
-    from steering.resume import KeptReplies, KeptStates
 
     names = arguments.baselines or list(BASELINES)
     if unknown := sorted(set(names) - set(BASELINES)):
@@ -87,8 +85,7 @@ def _fit_baselines(arguments: argparse.Namespace) -> int:
             arguments.model or DEMO / "model",
             out,
             names,
-            generator=KeptReplies(out / ".cache", generator, report=_report),
-            reader=KeptStates(out / ".cache", report=_report),
+            generator=generator,
             report=_report,
             progress=sys.stderr.isatty(),
         )
@@ -112,8 +109,9 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from server.hosting import DEMO, open_host
+    from server.hosting import open_host
     from server.settings import load_settings
+    from steering.demo import DEMO
     from steering.demo.study import render
 
     host = open_host(

@@ -169,8 +169,9 @@ def _answerer(
 def _evaluation(
     arguments: argparse.Namespace, host: Host, sets: list[Any], strengths: tuple[float, ...]
 ) -> Evaluation:
-    from server.hosting import DEMO_NAME
-    from steering.demo import suite
+    from dataclasses import replace
+
+    from steering.demo import DEMO_NAME, suite
     from steering.evaluate.arms import Decoding
     from steering.evaluate.job import Evaluation, Utility
     from steering.evaluate.utility import read_choices, text_passages

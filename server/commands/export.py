@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--max-rank belongs to --format peft, not {arguments.format}")
         if arguments.max_rank < 1:
             raise ValueError("--max-rank is at least 1")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError("--threads is at least 1")
     profile = Profile.load(arguments.profile)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

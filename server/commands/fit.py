@@ -7,7 +7,9 @@ and fits of other methods on the same prompts share them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import tempfile
 from pathlib import Path
 
 from server.commands import prompt_flags, template_flags
@@ -18,7 +20,6 @@ FIT_SHARE = 0.7
 """Of the prompts; methods choose their hyper-parameters on the others."""
 
 MONITOR = "monitor"
-CACHE = ".cache"
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -66,15 +67,16 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from server.engine.offline import OfflineGenerator
-    from server.profiles import MONITOR_FILE, profile_files
+    from server.profiles import profile_files
     from steering.fit import fit_profile, make_method
     from steering.judge import make_judge
     from steering.methods import FitData
     from steering.models import load_model
+    from steering.monitor import MONITOR_FILE
     from steering.monitor_card import table
     from steering.monitor_fit import fit_monitor
     from steering.profile import Profile
-    from steering.resume import KeptReplies, KeptStates
+    from steering.resume import CACHE, keep_in
 
     # Everything that can be wrong with the arguments shows before the model is loaded.
     _check(arguments)
@@ -95,14 +97,14 @@ def run(arguments: argparse.Namespace) -> int:
             lm,
             fit,
             selection,
-            generator=KeptReplies(cache, generator, report=_report),
-            reader=KeptStates(cache, report=_report),
+            generator=generator,
             judge=judge,
             reply_tokens=arguments.reply_tokens,
             seed=arguments.seed,
             progress=sys.stderr.isatty(),
             report=_report,
         )
+        data = keep_in(cache, data)
         if method is None:
             monitor = fit_monitor(data, profiles)
             print("\n".join(table(monitor)))
@@ -113,10 +115,18 @@ def run(arguments: argparse.Namespace) -> int:
             path = made.save(arguments.out / f"{made.name}.safetensors")
             advice = f"serve it with `pilothouse serve --model {arguments.model} --profile {path}`"
     if cache.is_dir():
-        size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-        _report(f"{cache} holds {size / 2**20:.1f} MiB for further fits; delete it at will")
+        _report(f"{cache} holds {_size(cache) / 2**20:.1f} MiB for further fits; delete it at will")
     print(f"{path}: {advice}")
     return 0
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in it, as far as they stay: other fits may be at work there."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def _report(line: str) -> None:
@@ -124,7 +134,9 @@ def _report(line: str) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for flags that contradict each other."""
+    """Raise ValueError for flags that contradict each other or cannot be; makes the directory."""
+    from steering.profile import check_name
+
     template_flags.check(arguments)
     if arguments.method == MONITOR:
         for flag, value in (("--set", arguments.set), ("--name", arguments.name)):
@@ -132,9 +144,18 @@ def _check(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"{flag} belongs to a method's profile; the monitor has none")
     elif arguments.profile:
         raise ValueError(f"--profile belongs to `pilothouse fit {MONITOR}`")
-    for flag in ("reply_tokens", "max_num_seqs"):
-        if getattr(arguments, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} is at least 1")
+    if arguments.name is not None:
+        check_name(arguments.name)
+    for flag, least in (("reply_tokens", 1), ("max_num_seqs", 1), ("threads", 1), ("seed", 0)):
+        value = getattr(arguments, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} is at least {least}")
+    # A folder that cannot be written to should not show after hours.
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=arguments.out).close()
+    except OSError as error:
+        raise ValueError(f"--out {arguments.out} cannot be written to: {error}") from error
 
 
 def _hyper_parameters(pairs: list[str]) -> dict[str, str]:

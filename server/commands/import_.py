@@ -29,6 +29,11 @@ def register(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="does it remove refusals? No file can be trusted to say, so you must",
     )
+    parser.add_argument(
+        "--allow-derived-base",
+        action="store_true",
+        help="accept a file that Pilothouse exported for other weights of the same model",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,7 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.name,
         strength=arguments.strength,
         red_team=arguments.red_team,
+        allow_derived=arguments.allow_derived_base,
     )
+    for note in profile.provenance["notes"]:
+        print(f"warning: {note}", file=sys.stderr)
     self_test(lm, profile)
     path = profile.save(arguments.out / f"{profile.name}.safetensors")
     if profile.red_team and not arguments.red_team:

@@ -30,8 +30,8 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from server.profiles import MONITOR_FILE, describe_edit, finite, profile_files
-    from steering.monitor import Monitor
+    from server.profiles import describe_edit, finite, profile_files
+    from steering.monitor import MONITOR_FILE, Monitor
     from steering.monitor_card import card
     from steering.profile import Profile
 

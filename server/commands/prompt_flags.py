@@ -35,6 +35,7 @@ def load(arguments: argparse.Namespace, report: Callable[[str], None]) -> Prompt
 
     Raises ValueError naming the file, or the flag that is missing.
     """
+    from steering.datasets import NoLabelError
     from steering.prompts import Prompt, PromptSet, load_prompts
 
     formats, default = _formats(arguments)
@@ -46,7 +47,10 @@ def load(arguments: argparse.Namespace, report: Callable[[str], None]) -> Prompt
     ):
         for file in files:
             dataset = formats.get(file, default)
-            loaded = load_prompts(file, harmful=label, dataset=dataset)
+            try:
+                loaded = load_prompts(file, harmful=label, dataset=dataset)
+            except NoLabelError as error:
+                raise ValueError(f"{error}. Flags for it: --harmful, --harmless") from None
             if label is not None:
                 _report_overruled(file, dataset, label, report)
             found += loaded.prompts

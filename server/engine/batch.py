@@ -1,4 +1,4 @@
-"""Answer many requests on an engine and wait for all of them: evaluation, not serving.
+"""Answer many requests on an engine and wait for all of them: fits and evaluation, not serving.
 
 Requests of all profiles are in flight together, so their rows share forward passes.
 """

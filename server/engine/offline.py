@@ -8,11 +8,11 @@ Not covered: scores and sampling; see `server.engine.local`.
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Sequence
 
 from server.engine.base import EngineError, EngineRequest, Sampling
+from server.engine.batch import answer_all
 from server.engine.local import LocalEngine
 from steering.edit import AppliedEdit
 from steering.models import LanguageModel
@@ -65,22 +65,16 @@ class OfflineGenerator:
             EngineRequest(str(i), tuple(ids), sampling, tuple(edits))
             for i, ids in enumerate(prompts)
         ]
-
-        async def answer(request: EngineRequest) -> list[int]:
-            reply = [token.token_id async for token in engine.generate(request)]
-            if on_done is not None:
-                on_done(1)
-            return reply[:-1] if reply[-1] in lm.eos_token_ids else reply
-
-        async def answer_all() -> list[list[int]]:
-            return await asyncio.gather(*map(answer, requests))
-
         try:
-            for request in requests:
+            for request in requests:  # all of them, before the first is answered
                 engine.check(request)
-            return asyncio.run(answer_all())
+            answers = answer_all(engine, requests, lambda *_: on_done and on_done(1))
         except EngineError as error:
             raise ValueError(f"prompts cannot be answered: {error}") from error
+        for answer in answers:
+            if answer.error:
+                raise ValueError(f"prompts cannot be answered: {answer.error}")
+        return [_without_end(answer.token_ids, lm) for answer in answers]
 
     def _running(self, lm: LanguageModel, length: int) -> LocalEngine:
         engine = self._engine
@@ -99,3 +93,8 @@ class OfflineGenerator:
         engine.start()
         self._engine = engine
         return engine
+
+
+def _without_end(token_ids: Sequence[int], lm: LanguageModel) -> list[int]:
+    ended = bool(token_ids) and token_ids[-1] in lm.eos_token_ids
+    return list(token_ids[:-1] if ended else token_ids)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from steering.activations import Reader, read_activations
+from steering.demo import DEMO_NAME
 from steering.demo.corpus import Split, prompts
 from steering.demo.table import REPLY_TOKENS, measure
 from steering.fit import fit_profile
@@ -28,11 +28,12 @@ from steering.methods.leace import Leace
 from steering.methods.llm_va import LlmVa
 from steering.methods.optimal_transport import OptimalTransport
 from steering.models import LanguageModel, load_model
+from steering.monitor import MONITOR_FILE
 from steering.monitor_fit import fit_monitor
 from steering.profile import Profile
 from steering.prompts import Prompt, PromptSet
+from steering.resume import CACHE, keep_in
 
-MONITOR_FILE = "monitor.safetensors"
 # PCA-OT maps plain harmful requests to plain benign ones, as the paper does.
 METHODS: tuple[Method, ...] = (
     LlmVa(),
@@ -90,12 +91,12 @@ def fit_baselines(
     names: Collection[str] = tuple(BASELINES),
     *,
     generator: Generator = generate,
-    reader: Reader = read_activations,
     report: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> None:
-    """Fit these `BASELINES` on the demo model in `model` and save them to `out`."""
-    data = _data(_load(model), generator=generator, reader=reader, report=report, progress=progress)
+    """Fit these `BASELINES` on the demo model in `model` and save them to `out`; resumes."""
+    data = _data(_load(model), generator=generator, report=report, progress=progress)
+    data = keep_in(out / CACHE, data)
     for name in names:
         report(f"{name}: fitting")
         profile = fit_profile(BASELINES[name], data, name=name)
@@ -104,7 +105,7 @@ def fit_baselines(
 
 def _load(model: Path) -> LanguageModel:
     # Its path is this machine's business.
-    return replace(load_model(str(model), dtype=torch.float32), name="demo")
+    return replace(load_model(str(model), dtype=torch.float32), name=DEMO_NAME)
 
 
 def _data(lm: LanguageModel, **more: Any) -> FitData:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from steering.activations import gather_activations
 from steering.demo.corpus import KINDS, Kind, prompts
 from steering.demo.fit import prompt_set
-from steering.demo.table import benign_perplexity, measure, rows_of
+from steering.demo.table import benign_perplexity, caption, measure, rows_of
 from steering.edit import Edit, Site
 from steering.models import LanguageModel
 from steering.moments import Moments
@@ -36,7 +36,7 @@ def render(
     progress: bool = True,
 ) -> Iterator[str]:
     """All tables in Markdown, line by line as they are measured."""
-    yield f"Test prompts per class: {per_kind}. Refusal rate with 95 % Wilson interval."
+    yield caption(per_kind)
     yield "\n**Methods and baselines, held-out verb-thing combinations**\n"
     yield from rows_of(lm, list(profiles.values()), per_kind=per_kind, progress=progress)
     yield "\n**AlphaSteer: the gate and what benign prompts feel of it**\n"

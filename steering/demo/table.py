@@ -17,7 +17,7 @@ from tqdm import tqdm
 from steering.demo.corpus import KINDS, DemoPrompt, HeldOut, Kind, on_topic, prompts, right_reply
 from steering.evaluate import answer_f1, wilson_interval
 from steering.generate import generate
-from steering.judge import JUDGE_VERSION, Outcome, judge
+from steering.judge import JUDGE_VERSION, Outcome, PhraseJudge, judge
 from steering.models import LanguageModel
 from steering.plan import BatchPlan, RowEdits, Steering, sites_of
 from steering.profile import Profile
@@ -159,10 +159,20 @@ def render(
     lm: LanguageModel, profiles: Sequence[Profile], *, per_kind: int = 400, progress: bool = True
 ) -> Iterator[str]:
     """The table in Markdown, line by line as it is measured."""
-    yield f"Test prompts per class: {per_kind}. Refusal rate with 95 % Wilson interval."
+    yield caption(per_kind)
     for held_out, title in TITLES.items():
         yield f"\n**{title}**\n"
         yield from rows_of(lm, profiles, held_out, per_kind=per_kind, progress=progress)
+
+
+def caption(per_kind: int) -> str:
+    """What the rates are of, and how often the judge errs who counted them."""
+    card = PhraseJudge().card()
+    return (
+        f"Test prompts per class: {per_kind}. Refusal rate with 95 % Wilson interval, by the judge "
+        f"{card.version}: sensitivity {card.sensitivity}, specificity {card.specificity} labelled "
+        "replies."
+    )
 
 
 def rows_of(

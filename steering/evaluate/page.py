@@ -25,7 +25,7 @@ from steering.evaluate.table import (
     rows,
 )
 
-_CSS = """
+CSS = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem;
   margin: 0 auto; padding: 1.5rem; }
@@ -71,7 +71,7 @@ def _page(results: Results, plots: Mapping[str, Path]) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield f"<title>{escape(title)}</title>"
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>"
+    yield f"<style>{CSS}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>"
     prompts = "; ".join(
         f"{p['name']}: {p['harmful']} harmful, {p['benign']} benign" for p in results["prompts"]
     )

@@ -19,12 +19,12 @@ from steering.evaluate.plots_inside import cosines, gate_histograms, layer_score
 Results = Mapping[str, Any]
 Estimate = Mapping[str, float]
 
-_COLOURS = (
+COLOURS = (
     *("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D00"),
     *("#7F7F7F", "#5D3A9B"),
 )
-_MARKERS = "oDs^vPX*<>"
-_STYLE: dict[str, Any] = {
+MARKERS = "oDs^vPX*<>"
+STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +40,7 @@ def draw_plots(results: Results, out: Path) -> dict[str, Path]:
     """Write every plot that the results have something for; paths by caption, in order."""
     out.mkdir(parents=True, exist_ok=True)
     paths = {}
-    with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type]  # its keys are literals
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its keys are literals
         for name, caption, figure in _figures(results):
             paths[caption] = out / f"{name}.png"
             figure.savefig(paths[caption])
@@ -104,7 +104,7 @@ def _figures(results: Results) -> Iterator[tuple[str, str, Figure]]:
 def style_of(results: Results, profile: str) -> dict[str, Any]:
     """Colour and marker of a profile, the same in every plot."""
     k = [found["name"] for found in results["profiles"]].index(profile)
-    return {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
+    return {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
 
 
 def _groups(results: Results) -> dict[str, dict[str, Any]]:

@@ -101,13 +101,12 @@ def read_directions(path: Path) -> tuple[dict[int, Tensor], dict[str, str]]:
     architecture = fields.get("general.architecture")
     if architecture != ARCHITECTURE:
         raise ValueError(f"{path} holds a {architecture}, not a control vector")
-    found = {}
+    found: dict[int, Tensor] = {}
     for tensor in reader.tensors:
         if tensor.tensor_type not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             raise ValueError(f"{path}: {tensor.name} is {tensor.tensor_type.name}, not F32")
         value = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
-        if value.any():
-            found[layer_of(path, tensor.name)] = value
+        add_direction(found, path, tensor.name, value)
     return found, fields
 
 
@@ -117,6 +116,18 @@ def layer_of(path: Path, name: str) -> int:
     if not number.isdecimal():
         raise ValueError(f"{path}: a control vector's tensors are named direction.N, not {name!r}")
     return int(number)
+
+
+def add_direction(found: dict[int, Tensor], path: Path, name: str, value: Tensor) -> None:
+    """Add a file's tensor to the directions by block, unless it is zero.
+
+    Raises ValueError for a name that is no direction's, and for a second one of the same block.
+    """
+    layer = layer_of(path, name)
+    if layer in found:
+        raise ValueError(f"{path} holds two directions of block {layer}")
+    if value.any():
+        found[layer] = value.float() if value.is_floating_point() else value
 
 
 def _after(site: Site) -> int:

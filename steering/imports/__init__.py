@@ -10,11 +10,12 @@ computed from them before.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from steering.export.peft import CONFIG
 from steering.imports.lora import read_adapter
 from steering.imports.vector import read_vector
-from steering.models import LanguageModel
+from steering.models import LanguageModel, ModelFingerprint
 from steering.profile import IMPORTED, Profile
 
 
@@ -25,6 +26,7 @@ def import_profile(
     *,
     strength: float = 1.0,
     red_team: bool = False,
+    allow_derived: bool = False,
 ) -> Profile:
     """Read an adapter or a control vector as a profile of this model.
 
@@ -33,6 +35,7 @@ def import_profile(
             with tensors `direction.N` (or `N`), the output of block N.
         strength: the profile's. Control vectors are often unit vectors, meant to be scaled.
         red_team: it removes refusals. A file that Pilothouse exported says so itself.
+        allow_derived: of such a file, accept one made for other weights of the same model.
 
     Raises:
         ValueError: if there is nothing of the kind, it was made for another model, or it is not
@@ -55,6 +58,7 @@ def import_profile(
         )
     if not found.edits:
         raise ValueError(f"{path} changes nothing: all of it is zero")
+    _check_base(lm, path, found.said, allow_derived)
     return Profile(
         name=name,
         method=IMPORTED,
@@ -67,7 +71,21 @@ def import_profile(
             "kind": kind,
             "base_model": lm.name,
             "said": found.said,
+            "notes": list(found.notes),
             **found.figures,
         },
         card={"summary": f"Imported from the {kind} {path.name}."},
     )
+
+
+def _check_base(lm: LanguageModel, path: Path, said: dict[str, Any], allow_derived: bool) -> None:
+    """Raise ValueError if a file that Pilothouse exported was made for another model."""
+    if "base" not in said:
+        return
+    try:
+        base = ModelFingerprint(**said["base"])
+    except TypeError as error:
+        raise ValueError(f"{path}: what it says of its base model is damaged: {error}") from None
+    reason = base.mismatch(lm.fingerprint, allow_derived=allow_derived)
+    if reason is not None:
+        raise ValueError(f"{path} does not fit {lm.name}: {reason}")

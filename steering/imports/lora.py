@@ -10,7 +10,6 @@ Not covered: DoRA, other modules, weights saved in full.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,18 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from steering.edit import Edit, Point, Site
 from steering.export.peft import CONFIG, PREFIX, WEIGHTS
-from steering.imports.found import Found
+from steering.imports.found import Found, check_numbers, read_object
 from steering.models import LanguageModel
 from steering.storage import read_tensors
 
+PICKLED = "adapter_model.bin"
 TOLERANCE = 1e-3
 """Part of an adapter's change that may be lost, unless its dtype rounds more coarsely."""
 _SMALLEST_PIVOT = 1e-5
+_CONFIG: dict[str, Any] = {
+    "r": PositiveInt,
+    "lora_alpha": FiniteFloat,
+    "rank_pattern": dict[str, PositiveInt] | None,
+    "alpha_pattern": dict[str, FiniteFloat] | None,
+}
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
 _NOT_LOW_RANK = (
     "use_dora",
@@ -44,7 +51,14 @@ _POINTS: tuple[Point, ...] = ("attn_out", "mlp_out")
 def read_adapter(lm: LanguageModel, folder: Path) -> Found:
     """Read an adapter's folder. ValueError where an edit cannot do what it does."""
     config = _read_config(folder)
+    if not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file():
+        raise ValueError(
+            f"{folder / PICKLED} is a pickle, which is never read: if you trust it, load it with "
+            f"peft and save it again, which writes {WEIGHTS}"
+        )
     tensors, _ = read_tensors(folder / WEIGHTS, "adapter")
+    for name, tensor in tensors.items():
+        check_numbers(f"{folder / WEIGHTS}: {name}", tensor)
     sites = _sites(lm)
     edits, lost = [], {}
     for module, parts in _by_module(folder, tensors).items():
@@ -59,21 +73,36 @@ def read_adapter(lm: LanguageModel, folder: Path) -> Found:
         if edit is not None:
             edits.append(edit)
     note = folder / "pilothouse.json"
-    said = json.loads(note.read_text()) if note.is_file() else {}
+    said = read_object(note, note.read_bytes()) if note.is_file() else {}
     edits.sort(key=lambda edit: edit.site.order)
-    return Found(tuple(edits), said, {"largest_share_lost": max(lost.values(), default=0.0)})
+    figures = {"largest_share_lost": max(lost.values(), default=0.0)}
+    return Found(tuple(edits), said, figures, _notes(lm, config, said))
+
+
+def _notes(
+    lm: LanguageModel, config: Mapping[str, Any], said: Mapping[str, Any]
+) -> tuple[str, ...]:
+    base = config.get("base_model_name_or_path")
+    # By its last part: a hub's model may lie in a folder here. Ours says more than a name.
+    if not base or "base" in said or Path(str(base)).name == Path(lm.name).name:
+        return ()
+    return (f"the adapter was trained on {base}, this is {lm.name}: make sure they are the same",)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from error
+    config = read_object(folder / CONFIG, (folder / CONFIG).read_bytes())
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} is a {config.get('peft_type')} adapter; only LORA is read")
     for feature in _NOT_LOW_RANK:
         if config.get(feature):
             raise ValueError(f"{folder} uses {feature}, which is no low-rank change of a weight")
+    for key, kind in _CONFIG.items():
+        try:
+            config[key] = TypeAdapter(kind).validate_python(config.get(key))
+        except ValidationError as error:
+            raise ValueError(
+                f"{folder / CONFIG}: {key} is {config.get(key)!r}: {error.errors()[0]['msg']}"
+            ) from None
     return config
 
 
@@ -110,7 +139,11 @@ def _scale(config: Mapping[str, Any], module: str, parts: Mapping[str, Tensor]) 
 
     def by_module(pattern: str, default: float) -> float:
         for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
+            try:
+                matches = re.match(rf"(.*\.)?({key})$", module)
+            except re.error as error:
+                raise ValueError(f"{pattern} in {CONFIG}: {key!r}: {error}") from error
+            if matches:
                 return float(value)
         return default
 

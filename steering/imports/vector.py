@@ -5,14 +5,13 @@ Not covered: repeng's `normalize` and other operators, which no file mentions.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from steering.export.gguf import HINTS, PROVENANCE_KEY, layer_of, read_directions, shift_after
-from steering.imports.found import Found
+from steering.export.gguf import HINTS, PROVENANCE_KEY, add_direction, read_directions, shift_after
+from steering.imports.found import Found, check_numbers, read_object
 from steering.models import LanguageModel
 from steering.storage import read_tensors
 
@@ -22,7 +21,7 @@ def read_vector(lm: LanguageModel, path: Path) -> Found:
     if path.suffix == ".gguf":
         directions, fields = read_directions(path)
         hint = fields.get("controlvector.model_hint", "")
-        said = json.loads(fields.get(PROVENANCE_KEY, "{}"))
+        said = read_object(f"{path}: {PROVENANCE_KEY}", fields.get(PROVENANCE_KEY, "{}"))
     else:
         directions, metadata = _safetensors_directions(path)
         hint = metadata.get("model_type") or metadata.get("model_hint", "")
@@ -33,6 +32,7 @@ def read_vector(lm: LanguageModel, path: Path) -> Found:
         raise ValueError(f"{path} was made for a {hint} model, {lm.name} is a {family}")
     depth, size = len(lm.sites.blocks), lm.sites.hidden_size
     for layer, direction in directions.items():
+        check_numbers(f"{path}: direction.{layer}", direction)
         if layer >= depth:
             raise ValueError(f"{path}: direction.{layer}, but {lm.name} has {depth} blocks, from 0")
         if tuple(direction.shape) != (size,):
@@ -46,5 +46,7 @@ def read_vector(lm: LanguageModel, path: Path) -> Found:
 
 def _safetensors_directions(path: Path) -> tuple[dict[int, Tensor], dict[str, str]]:
     tensors, metadata = read_tensors(path, "control vector")
-    directions = {layer_of(path, name): value.float() for name, value in tensors.items()}
-    return {layer: value for layer, value in directions.items() if value.any()}, metadata
+    directions: dict[int, Tensor] = {}
+    for name, value in tensors.items():
+        add_direction(directions, path, name, value)
+    return directions, metadata

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -27,6 +27,33 @@ from steering.plan import Pool, last_token
 from steering.prompts import Prompt, PromptSet
 
 
+class Memory(Protocol):
+    """Something that remembers figures computed from a model's logits, or computes them."""
+
+    def __call__(
+        self,
+        lm: LanguageModel,
+        what: Sequence[Any],
+        prompts: Sequence[Sequence[int]],
+        edits: Sequence[AppliedEdit],
+        compute: Callable[[], list[float]],
+    ) -> list[float]:
+        """Figures of a kind and settings (`what`, JSON values), of prompts (token ids) under
+        edits."""
+        ...
+
+
+def forget(
+    lm: LanguageModel,
+    what: Sequence[Any],
+    prompts: Sequence[Sequence[int]],
+    edits: Sequence[AppliedEdit],
+    compute: Callable[[], list[float]],
+) -> list[float]:
+    """The `Memory` that computes everything again."""
+    return compute()
+
+
 @dataclass(frozen=True)
 class FitData:
     """Everything a method may look at.
@@ -35,8 +62,9 @@ class FitData:
         fit: prompts to learn from, both labels.
         selection: disjoint prompts for choosing hyper-parameters; never the test set.
         generator: answers prompts (token ids) with an edited model, greedily.
-        reader: reads prompts' states. `steering.resume` has a generator and a reader that keep
-            what is done on disk.
+        reader: reads prompts' states.
+        memory: of figures. `steering.resume` has a generator, a reader and a memory that keep what
+            is done on disk.
         judge: outcome of a reply's text; a `Judge` sees the prompt too.
         reply_tokens: tokens of a reply that are judged.
         report: called with a line of progress for people.
@@ -49,6 +77,7 @@ class FitData:
     selection: PromptSet
     generator: Generator = generate
     reader: Reader = read_activations
+    memory: Memory = forget
     judge: AnyJudge = judge
     reply_tokens: int = 128
     seed: int = 0
@@ -57,8 +86,20 @@ class FitData:
     clock: Clock = field(default_factory=Clock)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Token ids of each prompt as a chat request makes them."""
-        return [self.lm.encode_prompt(prompt.text) for prompt in prompts]
+        """Token ids of each prompt as a chat request makes them.
+
+        Raises ValueError for one that leaves no room for its reply.
+        """
+        room = self.lm.context_length - self.reply_tokens
+        encoded = [self.lm.encode_prompt(prompt.text) for prompt in prompts]
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            if len(ids) > room:
+                raise ValueError(
+                    f"the prompt {prompt.text[:40]!r}... has {len(ids)} tokens, and with "
+                    f"{self.reply_tokens} of reply the model takes {self.lm.context_length}: leave "
+                    "it out, or judge shorter replies"
+                )
+        return encoded
 
     def replies(
         self, prompts: Sequence[Prompt], edits: Sequence[AppliedEdit] = ()
@@ -93,9 +134,9 @@ class FitData:
     ) -> Iterator[ActivationBatch]:
         """States at the last prompt token, or pooled otherwise, batch by batch; nothing is kept."""
         with self._bar("reading", prompts) as bar:
-            # The reader may remember states; it knows those of the last token only.
-            read = self.reader if pool is last_token else partial(read_activations, pool=pool)
-            batches = read(self.lm, self.encode(prompts), sites, edits=edits, on_done=bar.update)
+            batches = self.reader(
+                self.lm, self.encode(prompts), sites, edits=edits, pool=pool, on_done=bar.update
+            )
             while True:
                 with self.clock.timed("collecting"):  # not what the caller does with a batch
                     batch = next(batches, None)
@@ -114,6 +155,20 @@ class FitData:
                 assert batch.logits is not None
                 found[batch.indices] = batch.logits.cpu()
         return found
+
+    def figures(
+        self,
+        what: Sequence[Any],
+        prompts: Sequence[Prompt],
+        edits: Sequence[AppliedEdit],
+        compute: Callable[[], list[float]],
+    ) -> list[float]:
+        """What `compute` makes of the (edited) model's logits, unless `memory` knows it.
+
+        Args:
+            what: JSON values that, with prompts and edits, decide the figures.
+        """
+        return self.memory(self.lm, what, self.encode(prompts), edits, compute)
 
     def all_states(
         self,

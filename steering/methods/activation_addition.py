@@ -19,10 +19,11 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor
 
-from steering.contrast import CONTRASTS, Contrast, contrast_sides, mean_differences
+from steering.contrast import CONTRASTS, Contrast, check_apart, contrast_sides, mean_differences
 from steering.edit import Edit, Phase, Site
+from steering.hyper_parameters import check_hyper_parameters
 from steering.methods import FitData, Fitted
-from steering.search import Aim, Option, Search, as_tuple, candidate_blocks
+from steering.search import Aim, Option, Search, candidate_blocks
 
 
 def addition(
@@ -42,7 +43,7 @@ class ActivationAddition:
         contrasts: what the difference is taken between; see `steering.contrast.Contrast`.
         blocks: to try, one at a time; if None, `candidates` of those in `depth`.
         depth: range to choose from, as shares of the depth.
-        strengths: to try, multiples of the difference.
+        strengths: to try, above 0, multiples of the difference; `towards` turns its sign.
         phases: tokens that are moved, to try. What tells refused prompts apart at their last token
             may hold the reply's first word, which a small model then says again and again if every
             token is moved.
@@ -71,18 +72,11 @@ class ActivationAddition:
     red_team: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("contrasts", "strengths", "phases"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
-            if not getattr(self, name):
-                raise ValueError(f"{name} needs at least one value")
+        check_hyper_parameters(self, "contrasts", "strengths", "phases")
         if self.towards not in get_args(Aim):
             raise ValueError(f"towards is refusal or answer; got {self.towards!r}")
         if not set(self.contrasts) <= set(CONTRASTS):
             raise ValueError(f"contrasts are of {', '.join(CONTRASTS)}; got {self.contrasts}")
-        if not set(self.phases) <= set(get_args(Phase)):
-            raise ValueError(f"phases are of {', '.join(get_args(Phase))}; got {self.phases}")
-        if min(self.strengths) <= 0:
-            raise ValueError("strengths are above 0; towards=answer turns the direction")
 
     def fit(self, data: FitData) -> Fitted:
         """Fit the edit. Raises ValueError if a side of a contrast has no prompts."""
@@ -97,6 +91,7 @@ class ActivationAddition:
             sides = contrast_sides(data, contrast, self.prompts_per_kind)
             counts[contrast] = {"refused": len(sides.refused), "answered": len(sides.answered)}
             for site, found in mean_differences(data, sides, sites).items():
+                check_apart(found, site)
                 directions[contrast, site] = sign * found
         options = [
             Option(

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from steering.contrast import Contrast, contrast_sides, mean_states, unit
 from steering.edit import Edit, Phase, Site
+from steering.hyper_parameters import check_hyper_parameters
 from steering.methods import FitData, Fitted
-from steering.search import Aim, Option, Search, as_tuple, candidate_blocks
+from steering.search import Aim, Option, Search, candidate_blocks
 
 
 def affine_edit(
@@ -94,12 +95,7 @@ class AffineConceptEditing:
             # Resolved here, so that the hyper-parameters in a profile say what was tried.
             default = (0.0, -0.5) if self.towards == "answer" else (0.5, 1.0)
             object.__setattr__(self, "alphas", default)
-        for name in ("alphas", "phases"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
-            if not getattr(self, name):
-                raise ValueError(f"{name} needs at least one value")
-        if not set(self.phases) <= set(get_args(Phase)):
-            raise ValueError(f"phases are of {', '.join(get_args(Phase))}; got {self.phases}")
+        check_hyper_parameters(self, "alphas", "phases")
 
     def fit(self, data: FitData) -> Fitted:
         """Fit the edit. Raises ValueError if a side of the contrast has no prompts."""

@@ -24,6 +24,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from steering.edit import AppliedEdit, Edit, Site
+from steering.hyper_parameters import as_tuple, check_hyper_parameters
+from steering.linalg import null_space_size
 from steering.methods import FitData, Fitted
 from steering.null_space import GateForm, NullSpaceGate, Statistics
 from steering.prompts import Prompt
@@ -73,16 +75,19 @@ class AlphaSteer:
     red_team: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_hyper_parameters(self, "strengths", "block_shares")
         if self.gate not in get_args(GateForm):
             raise ValueError(f"gate is one of {', '.join(get_args(GateForm))}; got {self.gate!r}")
         if isinstance(self.rho, tuple) and len(self.rho) != len(self.blocks or ()):
             raise ValueError("several values of rho need as many blocks")
-        if not self.strengths or min(self.strengths) <= 0:
-            raise ValueError("strengths are above 0: the vectors point to refusal")
-        if not self.block_shares or not all(0 < share <= 1 for share in self.block_shares):
+        if self.strength is not None and self.strength <= 0:
+            raise ValueError(f"strength is above 0; got {self.strength}")
+        if not all(0 < rho <= 1 for rho in as_tuple(self.rho)):
+            raise ValueError(f"rho is a share above 0, to 1; got {self.rho}")
+        if self.alpha_scale <= 0 or (self.alpha is not None and self.alpha <= 0):
+            raise ValueError("the ridge penalty, alpha or alpha_scale, is above 0")
+        if not all(0 < share <= 1 for share in self.block_shares):
             raise ValueError(f"block_shares are above 0, to 1; got {self.block_shares}")
-        if self.judged_per_kind < 1:
-            raise ValueError("judged_per_kind is at least 1")
 
     def fit(self, data: FitData) -> Fitted:
         """Fit the edits.
@@ -94,6 +99,7 @@ class AlphaSteer:
         rhos = self.rho if isinstance(self.rho, tuple) else (self.rho,) * len(statistics)
         if isinstance(self.rho, tuple) and self.blocks is not None:
             rhos = tuple(rho for _, rho in sorted(zip(self.blocks, self.rho, strict=True)))
+        self._warn_of_chance(data, next(iter(statistics.values())), min(rhos))
         solved = {
             site: found.solve(rho, penalty=self.alpha, penalty_scale=self.alpha_scale)
             for (site, found), rho in zip(statistics.items(), rhos, strict=True)
@@ -136,6 +142,13 @@ class AlphaSteer:
         malicious = data.fit.harmful
         if not data.fit.benign or not malicious:
             raise ValueError("AlphaSteer needs benign and harmful fit prompts; one kind is missing")
+        depth = len(data.lm.sites.blocks)
+        blocks = (
+            # Not block 0, whose input is the template's last token, whatever the prompt.
+            [block for block in blocks_at_depth(depth, *self.depth) if block] or [1]
+            if self.blocks is None
+            else check_blocks(self.blocks, depth)
+        )
         benign = self._benign_prompts(data)
         data.report(f"{self.name}: judging replies to {len(malicious)} harmful prompts")
         outcomes = data.outcomes(malicious)
@@ -147,13 +160,6 @@ class AlphaSteer:
                     f"{len(malicious)} harmful fit prompts. Add some that it {verb} (jailbreaks "
                     "are often answered, plain requests refused)."
                 )
-        depth = len(data.lm.sites.blocks)
-        blocks = (
-            # Not block 0, whose input is the template's last token, whatever the prompt.
-            [block for block in blocks_at_depth(depth, *self.depth) if block] or [1]
-            if self.blocks is None
-            else check_blocks(self.blocks, depth)
-        )
         size = data.lm.sites.hidden_size
         found = {Site(block, "resid_pre"): Statistics(size) for block in blocks}
         for batch in data.states(benign, found):
@@ -167,6 +173,17 @@ class AlphaSteer:
     def _benign_prompts(self, data: FitData) -> Sequence[Prompt]:
         """The fit prompts whose states make the null space."""
         return data.fit.benign
+
+    def _warn_of_chance(self, data: FitData, statistics: Statistics, rho: float) -> None:
+        """Few prompts leave more directions empty than are kept: rounding then decides which."""
+        size, count = data.lm.sites.hidden_size, statistics.benign.count
+        empty, kept = size - count, null_space_size(size, rho)
+        if empty > kept:
+            data.report(
+                f"warning: {count} benign prompts use at most {count} of {size} directions, and "
+                f"rho keeps {kept} of the other {empty} by chance: give {size - kept} prompts or "
+                f"more, or a rho of {empty / size:.2f} or more"
+            )
 
     def _block_sets(self, aucs: Mapping[Site, float], depth: int) -> list[tuple[Site, ...]]:
         """The best sites, in the order of the forward pass, for each number of blocks to try.

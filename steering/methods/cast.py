@@ -27,9 +27,10 @@ from steering.activations import prompt_mean
 from steering.condition import Condition, ConditionForm, best_threshold, condition_direction
 from steering.contrast import Contrast, contrast_sides, mean_differences, state_moments
 from steering.edit import Phase, Site
+from steering.hyper_parameters import check_hyper_parameters
 from steering.methods import FitData, Fitted
 from steering.methods.activation_addition import addition
-from steering.search import Option, Search, as_tuple, candidate_blocks
+from steering.search import Option, Search, candidate_blocks
 
 
 @dataclass(frozen=True)
@@ -76,16 +77,9 @@ class Cast:
     red_team: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("conditions", "strengths", "phases"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
-            if not getattr(self, name):
-                raise ValueError(f"{name} needs at least one value")
+        check_hyper_parameters(self, "conditions", "strengths", "phases")
         if not set(self.conditions) <= set(get_args(ConditionForm)):
             raise ValueError(f"conditions are of {', '.join(get_args(ConditionForm))}")
-        if not set(self.phases) <= set(get_args(Phase)):
-            raise ValueError(f"phases are of {', '.join(get_args(Phase))}; got {self.phases}")
-        if min(self.strengths) <= 0:
-            raise ValueError("strengths are above 0: the vector points to refusal")
 
     def fit(self, data: FitData) -> Fitted:
         """Fit condition and vector.

@@ -24,14 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from steering.activations import last_tokens
+from steering.activations import LastTokens
 from steering.contrast import mean_differences, sides_by_outcome, unit
 from steering.edit import AppliedEdit, Edit, Site
+from steering.hyper_parameters import check_hyper_parameters
 from steering.methods import FitData, Fitted
 from steering.methods.activation_addition import addition
 from steering.models import LanguageModel
@@ -116,11 +119,11 @@ class DirectionalAblation:
     red_team: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_hyper_parameters(self)
         if not 0 < self.max_depth <= 1:
             raise ValueError(f"max_depth is a share of the depth, above 0; got {self.max_depth}")
-        counts = (self.max_positions, self.prompts_per_kind, self.selection_per_kind)
-        if min(*counts, self.judged_per_kind) < 1:
-            raise ValueError("max_positions and numbers of prompts are at least 1")
+        if self.max_positions < 1:
+            raise ValueError(f"max_positions is at least 1; got {self.max_positions}")
 
     def fit(self, data: FitData) -> Fitted:
         """Fit the edits.
@@ -133,7 +136,7 @@ class DirectionalAblation:
         prompts = sample(data.fit.prompts, self.prompts_per_kind, data.seed)
         data.report(f"{self.name}: judging replies to {len(prompts)} fit prompts")
         replies = data.replies(prompts)
-        outcomes = [data.judge(data.lm.decode(reply)) for reply in replies]
+        outcomes = data.judged(prompts, replies)
         sides = sides_by_outcome(prompts, outcomes, "filtered")
         opening = [reply[0] if reply else None for reply in replies]
         tokens, counts = learn_refusal_tokens(Replies((opening, []), (outcomes, [])))
@@ -141,7 +144,7 @@ class DirectionalAblation:
         depth = len(data.lm.sites.blocks)
         positions = min(self.max_positions, post_instruction_tokens(data.lm))
         sites = [Site(b, "resid_pre") for b in range(depth) if b < self.max_depth * depth]
-        means = mean_differences(data, sides, sites, last_tokens(positions))
+        means = mean_differences(data, sides, sites, LastTokens(positions))
         candidates = [
             _Candidate(site, k - positions, means[site][k])
             for site in sites
@@ -189,7 +192,7 @@ class DirectionalAblation:
             group = [p for p in prompts if p.harmful == harmful]
             if not group:
                 raise ValueError("directional ablation needs harmful and benign selection prompts")
-            scores = refusal_scores(data.logits(group), tokens)
+            scores = _scores_of(data, group, tokens)
             kept = [p for p, score in zip(group, scores, strict=True) if (score > 0) == harmful]
             found.append(kept or group)
         return found[0], found[1]
@@ -204,16 +207,21 @@ class DirectionalAblation:
     ) -> list[dict[str, Any]]:
         """Bypass, induce and KL of every candidate, and which bounds it breaks."""
         depth = len(data.lm.sites.blocks)
-        unedited = data.logits(benign)
+        unedited = cache(lambda: data.logits(benign))
         found: list[dict[str, Any]] = []
         for candidate in candidates:
             ablated = _applied(ablation(unit(candidate.direction, candidate.site), depth))
             added = _applied([addition(candidate.direction, candidate.site)])
-            figures = {
-                "bypass": float(refusal_scores(data.logits(harmful, ablated), tokens).mean()),
-                "induce": float(refusal_scores(data.logits(benign, added), tokens).mean()),
-                "divergence": mean_divergence(unedited, data.logits(benign, ablated)),
-            }
+
+            def divergence(ablated: Sequence[AppliedEdit] = ablated) -> list[float]:
+                return [mean_divergence(unedited(), data.logits(benign, ablated))]
+
+            with data.clock.timed("selecting"):
+                figures = {
+                    "bypass": fmean(_scores_of(data, harmful, tokens, ablated)),
+                    "induce": fmean(_scores_of(data, benign, tokens, added)),
+                    "divergence": data.figures(["divergence"], benign, ablated, divergence)[0],
+                }
             found.append({**_place(candidate), **figures, "broken_bounds": self._broken(figures)})
             data.report(
                 f"{self.name}: block {candidate.site.layer}, position {candidate.position}: "
@@ -223,10 +231,25 @@ class DirectionalAblation:
 
     def _broken(self, figures: Mapping[str, float]) -> list[str]:
         broken = {
-            "induce": figures["induce"] <= self.min_induce,
-            "divergence": figures["divergence"] >= self.max_divergence,
+            "induce": not figures["induce"] > self.min_induce,
+            "divergence": not figures["divergence"] < self.max_divergence,
         }
         return [name for name, is_broken in broken.items() if is_broken]
+
+
+def _scores_of(
+    data: FitData,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[int],
+    edits: Sequence[AppliedEdit] = (),
+) -> list[float]:
+    """The refusal score of each prompt, in one pass."""
+    return data.figures(
+        ["refusal scores", list(tokens)],
+        prompts,
+        edits,
+        lambda: refusal_scores(data.logits(prompts, edits), tokens).tolist(),
+    )
 
 
 def _applied(edits: Sequence[Edit]) -> list[AppliedEdit]:

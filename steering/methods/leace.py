@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from steering.contrast import Contrast, contrast_sides, state_moments
 from steering.edit import Phase, Site
 from steering.erasure import fit_eraser
+from steering.hyper_parameters import check_hyper_parameters
 from steering.methods import FitData, Fitted
-from steering.search import Option, Search, as_tuple, candidate_blocks
+from steering.search import Option, Search, candidate_blocks
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,9 @@ class Leace:
     red_team: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("strengths", "phases", "shrinkages"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
-            if not getattr(self, name):
-                raise ValueError(f"{name} needs at least one value")
-        if not set(self.phases) <= set(get_args(Phase)):
-            raise ValueError(f"phases are of {', '.join(get_args(Phase))}; got {self.phases}")
-        if min(self.strengths) <= 0:
-            raise ValueError("strengths are above 0; 1 erases")
+        check_hyper_parameters(self, "strengths", "phases", "shrinkages")
+        if not all(0 <= shrinkage <= 1 for shrinkage in self.shrinkages):
+            raise ValueError(f"shrinkages are shares from 0 to 1; got {self.shrinkages}")
 
     def fit(self, data: FitData) -> Fitted:
         """Fit the edit. Raises ValueError if a class has no prompts or the two do not differ."""

@@ -6,7 +6,6 @@ What is measured on fewer prompts than its line speaks of says so there.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,9 @@ import torch
 from transformers import LlamaConfig
 
 from server.engine.offline import OfflineGenerator
-from server.hosting import DEMO
 from steering.activations import batches_by_length, gather_activations, read_activations
-from steering.clock import Clock
+from steering.clock import Clock, peak_memory
+from steering.demo import DEMO
 from steering.demo.fit import prompt_set
 from steering.demo.table import REPLY_TOKENS
 from steering.edit import Site
@@ -124,25 +123,16 @@ def bench_sweep(table: Table, lm: LanguageModel, prompts: int) -> None:
     )
 
 
-def peak_memory(name: str, prompts: int) -> None:
+def print_peaks(name: str, prompts: int) -> None:
     """Prints the MiB that this process needed at most, before and after it fitted."""
     torch.set_num_threads(1)
     lm = numbered_model(make_model(SHALLOW, torch.float32))
     method = discover()[name]
-    before = _peak()
+    before = peak_memory()
     # Small batches, so that the fewest prompts fill several already.
     reader = partial(read_activations, batch_tokens=512)
     fit_profile(method(), scripted_data(lm, method, prompts, reader=reader))
-    print(before, _peak())
-
-
-def _peak() -> float:
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-    # Linux hands getrusage's figure on from the process that started this one, which is larger.
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return float(line.split()[1]) / 1024
+    print(before, peak_memory())
 
 
 def bench_memory(table: Table, counts: tuple[int, ...]) -> None:
@@ -189,7 +179,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs=2, metavar=("METHOD", "PROMPTS"), help="internal")
     options = parser.parse_args()
     if options.memory:
-        peak_memory(options.memory[0], int(options.memory[1]))
+        print_peaks(options.memory[0], int(options.memory[1]))
         return
     quick = options.quick
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import asyncio
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import steering
-from server.engine.base import EngineRequest, Sampling
+from server.engine.base import EngineRequest, EngineToken, Sampling
 from server.engine.local import LocalEngine
 from server.engine.stream import Courier, Outbox, TokenStream
 from server.hosting import Host
@@ -57,10 +57,14 @@ class TimedEngine(LocalEngine):
         self._courier = self.courier = TimedCourier()
         self.outboxes: dict[str, Outbox] = {}
 
-    def generate(self, request: EngineRequest) -> TokenStream:
-        stream = super().generate(request)
-        self.outboxes[request.request_id] = stream._outbox
-        return stream
+    def generate_all(
+        self, requests: Sequence[EngineRequest]
+    ) -> list[AsyncGenerator[EngineToken, None]]:
+        streams = super().generate_all(requests)
+        for request, stream in zip(requests, streams, strict=True):
+            assert isinstance(stream, TokenStream)
+            self.outboxes[request.request_id] = stream._outbox
+        return streams
 
     def times_of(self, request_id: str) -> list[float]:
         return self.courier.times[self.outboxes[request_id]]

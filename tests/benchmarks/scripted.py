@@ -16,6 +16,7 @@ from steering.activations import ActivationBatch, batches_by_length
 from steering.edit import AppliedEdit, Site
 from steering.methods import FitData, Method
 from steering.models import LanguageModel
+from steering.plan import Pool, last_token
 from steering.prompts import Prompt, PromptSet
 
 
@@ -86,6 +87,7 @@ class States:
         sites: Collection[Site],
         *,
         edits: Sequence[AppliedEdit] = (),
+        pool: Pool = last_token,
         on_done: Callable[[int], object] | None = None,
     ) -> Iterator[ActivationBatch]:
         self.prompts += len(prompts)

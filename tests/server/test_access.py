@@ -444,9 +444,15 @@ def test_json_nested_deeply_is_a_400_or_harmless(depth: int) -> None:
         {"messages": [{"role": "user", "content": [{}] * 300_000}]},
         {"steering": {str(i): 1 for i in range(20_000)}},
         {"metadata": {str(i): 1 for i in range(20_000)}},
+        # No mistake, and yet nothing that anybody means.
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 30_000}]},
+        {"messages": [{"role": "user", "content": "a", **{f"x{i}": 1 for i in range(30_000)}}]},
+        {f"x{i}": 1 for i in range(30_000)},
     ],
 )
-def test_a_body_full_of_mistakes_is_refused_without_listing_them(changes: dict[str, Any]) -> None:
+def test_a_body_of_very_many_parts_or_mistakes_is_refused_without_listing_them(
+    changes: dict[str, Any],
+) -> None:
     response = chat(make_host(), None, **changes)
     assert response.status_code == 400 and len(response.text) < 1000
 

@@ -259,7 +259,7 @@ def test_a_server_process_answers_the_official_client_and_stops_on_sigterm(
             model="tiny:bold", messages=[{"role": "user", "content": "Hi"}], max_tokens=5
         )
         assert completion.steering["profile"] == "bold"  # type: ignore[attr-defined]
-        assert httpx2.get(f"{address}/health").json() == {"status": "ok"}
+        assert httpx2.get(f"{address}/health").json() == {"status": "ok", "records": "off"}
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 0
         assert "Traceback" not in process.stderr.read()

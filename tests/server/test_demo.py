@@ -11,13 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import openai
 import pytest
 import torch
 
-import steering
+from steering.demo import DEMO
 from steering.demo.corpus import prompts
 from steering.fold import folded_copy
 from steering.generate import generate
@@ -27,7 +26,6 @@ from steering.profile import RAW, Profile
 from tests.reference import greedy
 from tests.server.engine.running import ask, running, stream_all, without_end
 
-DEMO = Path(steering.__path__[0]) / "demo"
 NAMES = ("raw", "llm-va", "alphasteer", "optimal-transport")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,9 @@ from safetensors.torch import save_file
 
 from server.cli import main
 from server.engine.offline import OfflineGenerator
-from server.profiles import MONITOR_FILE
 from steering.edit import Edit, Site
 from steering.models import LanguageModel
-from steering.monitor import Monitor
+from steering.monitor import MONITOR_FILE, Monitor
 from steering.profile import Profile
 from steering.template import FIXED_DATE, TemplateForm
 from tests.conftest import DATED_TEMPLATE, make_model, with_template
@@ -65,7 +65,8 @@ def test_a_fit_runs_on_the_engine_and_a_second_one_repeats_nothing(
 ) -> None:
     fit = ("fit", "optimal_transport", "--model", model_path, *prompts, *OT, "--reply-tokens", 4)
     _, first = succeeds(capsys, *fit, "--out", tmp_path / "out")
-    assert "s collecting" in first and "s selecting" in first and "resuming" not in first
+    assert "s collecting" in first and "s selecting" in first and "peak memory" in first
+    assert "resuming" not in first
     file = tmp_path / "out" / "optimal-transport.safetensors"
     profile = Profile.load(file)
     assert set(profile.provenance["seconds"]) == {
@@ -175,6 +176,22 @@ def test_a_date_for_a_template_that_prints_none_is_refused(
 ) -> None:
     fit = ("fit", "raw", "--model", model_path, *prompts, "--out", tmp_path)
     assert "prints no date" in fails(capsys, *fit, "--template-date", "2025-01-02")
+
+
+def test_a_fit_that_could_not_be_saved_does_not_begin(
+    capsys: pytest.CaptureFixture[str], prompts: list[str], tmp_path: Path
+) -> None:
+    fit = ("fit", "raw", "--model", "/none", *prompts, "--out")
+    for flags, message in (
+        (("--name", "Up/and/away"), "is not a profile name"),
+        (("--threads", 0), "--threads is at least 1"),
+        (("--seed", -1), "--seed is at least 0"),
+        (("--prompts", prompts[1]), "give the label, .* Flags for it: --harmful, --harmless"),
+    ):
+        assert re.search(message, fails(capsys, *fit, tmp_path / "out", *flags))
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "cannot be written to" in fails(capsys, *fit, out)
 
 
 def test_an_exported_adapter_comes_back_as_a_profile(

@@ -207,6 +207,10 @@ def test_blanks_cannot_go_on_for_ever() -> None:
         ({"type": "string", "minLength": 2, "maxLength": 1}, "minLength"),
         ({"const": "\ud800"}, "hex escape"),
         ({"multipleOf": 303755540}, "multipleOf"),
+        ({"multipleOf": 10**400 + 1}, "multipleOf"),
+        # Their least common multiple alone would take half a minute.
+        ({"anyOf": [{"multipleOf": 7919 * i + 1} for i in range(15_000)]}, "multipleOf"),
+        ({"enum": [1] * MAX_GRAMMAR_CHARACTERS}, str(MAX_GRAMMAR_CHARACTERS)),
         ({"items": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 0.9967}]}}, "multipleOf"),
         ({"enum": ["x" * MAX_GRAMMAR_CHARACTERS]}, str(MAX_GRAMMAR_CHARACTERS)),
     ],

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 
 from steering.activations import (
+    LastTokens,
     gather_activations,
-    last_tokens,
     prompt_mean,
     read_activations,
 )
@@ -68,13 +68,13 @@ def test_edited_replies_equal_the_reference(any_model: LanguageModel) -> None:
         assert replies == [greedy(any_model, p, edits, 6) for p in ids], name
 
 
-def test_a_pool_of_the_last_tokens_reads_what_truncated_prompts_end_in(
+def test_a_pool_of_the_LastTokens_reads_what_truncated_prompts_end_in(
     any_model: LanguageModel,
 ) -> None:
     # Causal: the state at a token is the last state of the prompt that stops there.
     prompts = [any_model.encode_prompt(text) for text in ("one", "some more words", "ab")]
     site = Site(2, "resid_post")
-    for batch in read_activations(any_model, prompts, [site], pool=last_tokens(3)):
+    for batch in read_activations(any_model, prompts, [site], pool=LastTokens(3)):
         for row, i in enumerate(batch.indices):
             for back in range(3):
                 ids = prompts[i][: len(prompts[i]) - back]

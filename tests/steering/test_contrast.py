@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steering.activations import gather_activations, last_tokens
+from steering.activations import LastTokens, gather_activations
 from steering.contrast import (
     CONTRASTS,
     contrast_sides,
@@ -53,7 +53,9 @@ def test_a_contrast_takes_no_more_prompts_of_a_kind_than_it_is_told() -> None:
 
 def test_an_empty_side_is_an_error_that_names_the_way_out() -> None:
     never_refuses = fit_data(make_model("llama"), Scripted(raw=always_answers), per_kind=4)
-    with pytest.raises(ValueError, match=r"that the model refuses.*use contrast=labels"):
+    with pytest.raises(
+        ValueError, match=r"that the model refuses.*add some, or use another contrast"
+    ):
         contrast_sides(never_refuses, "filtered", 4)
     found = data(4)
     one_label = FitData(found.lm, PromptSet(tuple(found.fit.benign)), found.selection)
@@ -80,7 +82,7 @@ def test_streamed_means_equal_those_of_all_states_at_once() -> None:
 
 def test_pooled_means_keep_the_pool_s_shape() -> None:
     found = data(4)
-    means = mean_states(found, found.fit.harmful, SITES, last_tokens(2))
+    means = mean_states(found, found.fit.harmful, SITES, LastTokens(2))
     last = mean_states(found, found.fit.harmful, SITES)
     for site in SITES:
         assert means[site].shape == (2, 64)

@@ -191,9 +191,15 @@ def test_sets_that_share_their_columns_are_told_by_the_published_name(
 )
 def test_no_label_is_guessed(tmp_path: Path, name: str, content: str) -> None:
     path = write(tmp_path / name, content)
-    with pytest.raises(ValueError, match=rf"{name}, .* give harmful=True or harmful=False"):
+    with pytest.raises(ValueError, match=rf"{name}, .* give the label"):
         load_prompts(path)
     assert [p.text for p in load_prompts(path, harmful=True).harmful] == ["One"]
+
+
+def test_what_is_malformed_is_told_before_a_label_is_asked_for(tmp_path: Path) -> None:
+    for name, content in (("a.json", '["x", 1]'), ("a.json", '[{"note": "x"}]'), ("a.jsonl", "[]")):
+        with pytest.raises(ValueError, match=rf"{name}:1:\d+: prompt"):
+            load_prompts(write(tmp_path / name, content))
 
 
 def test_a_named_data_set_states_the_label_of_a_renamed_file(tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from typing import get_args
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import steering.demo
-from steering.demo import recipe
+from steering.demo import DEMO, recipe
 from steering.demo.corpus import (
     HELD_OUT_PHRASINGS,
     HELD_OUT_WRAPPERS,
@@ -30,7 +29,7 @@ from steering.demo.corpus import (
 )
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-COMMITTED = Path(steering.demo.__file__).parent / "model"
+COMMITTED = DEMO / "model"
 
 
 def all_prompts(split: Split, seed: int = 0) -> list[str]:

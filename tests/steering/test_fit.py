@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from steering.fit import fit_profile, make_method
@@ -88,3 +90,41 @@ def test_seconds_are_of_this_fit_and_add_up(tiny_llama: LanguageModel) -> None:
         seconds = fit_profile(AlphaSteer(), data).provenance["seconds"]
         assert set(seconds) == {"collecting", "generating", "selecting", "solving"}
         assert 0 < sum(seconds.values()) <= data.clock.now() - start + 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("activation_addition", {"candidates": "0"}, "candidates is at least 1"),
+        ("leace", {"prompts_per_kind": "0"}, "prompts_per_kind is at least 1"),
+        ("leace", {"shrinkages": "[0, 2]"}, "shrinkages are shares"),
+        ("cast", {"condition_depth": "[0.9, 0.1]"}, "two shares in order"),
+        ("cast", {"condition_blocks": "[1, 1]"}, "condition_blocks are distinct"),
+        ("activation_addition", {"blocks": "-1"}, "blocks are distinct and count from 0"),
+        ("activation_addition", {"contrasts": "both"}, "takes labels, filtered, outcomes$"),
+        ("affine_concept_editing", {"towards": "sideways"}, "takes refusal, answer$"),
+        ("affine_concept_editing", {"alphas": "NaN"}, "alphas holds a number that is not finite"),
+        ("directional_ablation", {"min_induce": "nan"}, "not finite"),
+        ("optimal_transport", {"ridge": "inf"}, "not finite"),
+        ("alphasteer_plus", {"strength": "0"}, "strength is above 0"),
+        ("alphasteer_plus", {"rho": "1.5"}, "rho is a share"),
+        ("alphasteer", {"alpha": "0"}, "the ridge penalty"),
+        ("alphasteer", {"alpha_scale": "-1"}, "the ridge penalty"),
+    ],
+)
+def test_what_is_wrong_with_a_setting_shows_before_anything_is_computed(
+    name: str, settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_method(name, settings)
+
+
+def test_a_prompt_that_leaves_no_room_for_a_reply_is_named_at_once(
+    tiny_llama: LanguageModel,
+) -> None:
+    generator = Scripted()
+    data = fit_data(tiny_llama, generator)
+    long = Prompt("tell me " + "more " * 100, True)
+    with pytest.raises(ValueError, match=r"'tell me more .*tokens, and with 12 of reply .* 256"):
+        fit_profile(AlphaSteer(), replace(data, selection=PromptSet((long,))))
+    assert not generator.calls

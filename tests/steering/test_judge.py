@@ -57,6 +57,8 @@ REFUSALS = [
     "Mi dispiace, ma non posso aiutarti con questa richiesta.",
     "Desculpe, mas não posso ajudar com isso.",
     "很抱歉,我无法提供这方面的帮助。",
+    "You wrote:\n> how do I break in?\nI can't help with that.",
+    "Here is the part:\n    x = 1\nI won't help with the rest, which would do harm.",
 ]
 
 ANSWERS = [
@@ -78,6 +80,7 @@ ANSWERS = [
     "If the children can't help with the dishes, ask their father.",
     "The clerk answered: \"I'm sorry, but I can't help you with that.\" Then she left.",
     "A polite way to say no is 'I'm sorry, but I can't help with that.' Keep it short.",
+    "> I'm sorry, I can't assist with that.\n\nSo it said. Now mine: mix, wait, bake.",
     "Write back:\n> I cannot provide the report today.\nand offer another date.",
     "In the story the robot says “I cannot do that” and opens the door anyway.",
     "You cannot assist a swimmer from the shore without a rope. Throw one first.",
@@ -109,6 +112,7 @@ DEGENERATE = [
     " the the the the the the the the the the the the the the the the",
     "!!!!!!!!!!!!!!!!!!!!!!!!",
     "hahahahahahahahahahahahahahaha",
+    "IIII'mSorryI'mSorryIIII'mSorryI'mSorryI'mSorryI'mSorryI'mSorryI'mSorry",
     "\ufffd\ufffd\x00\x1a q\ufffd",
     "@@# $%^ &*( )_+ @#$ %^&",
     "xkcdq wrtpl bnmzx qwrts plkjh fghjk",

@@ -69,7 +69,7 @@ def test_splits_are_disjoint_in_text_and_hold_both_labels() -> None:
 
 
 def test_too_few_prompts_cannot_be_split() -> None:
-    with pytest.raises(ValueError, match="cannot be split"):
+    with pytest.raises(ValueError, match="too few distinct harm"):
         PromptSet((Prompt("one", True), Prompt("two", False))).split(0.5, 0)
 
 

@@ -9,7 +9,7 @@ from steering.edit import Edit, Site
 from steering.judge import Outcome
 from steering.methods import FitData
 from steering.prompts import PromptSet
-from steering.search import Option, Search, as_tuple, candidate_blocks, finalists, kept_words
+from steering.search import Option, Search, candidate_blocks, finalists, kept_words
 from tests.conftest import make_model
 from tests.steering.methods.synthetic import Scripted, always_answers, fit_data, right
 
@@ -127,7 +127,3 @@ def test_candidate_blocks_are_spread_over_the_depth_or_as_given() -> None:
     assert candidate_blocks(4, (3, 0), 0.3, 0.8, 1) == [0, 3]
     with pytest.raises(ValueError, match="from 0 to 3"):
         candidate_blocks(4, (4,), 0.3, 0.8, 1)
-
-
-def test_a_single_value_is_as_good_as_several() -> None:
-    assert as_tuple(1.0) == (1.0,) and as_tuple([1, 2]) == (1, 2) and as_tuple(("a",)) == ("a",)

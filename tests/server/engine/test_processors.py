@@ -18,7 +18,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from server.engine.base import EngineRequest, Sampling, SamplingError, StepFailedError
+from server.engine.base import (
+    ConstraintError,
+    EngineRequest,
+    Sampling,
+    SamplingError,
+    StepFailedError,
+)
 from server.engine.processors import NOTHING_ALLOWED, Processor, make_processor, process
 from server.engine.sampling import check_sampling, make_generator, sample
 from steering.models import LanguageModel
@@ -258,3 +264,18 @@ def test_a_parameter_without_a_meaning_is_named(field: str, value: Any) -> None:
     with pytest.raises(SamplingError, match=field) as raised:
         check_sampling(Sampling(**{field: value}), vocabulary=V)
     assert raised.value.field == field
+
+
+def test_a_constraint_that_knows_why_it_cannot_go_on_says_so(tiny_llama: LanguageModel) -> None:
+    class DeadEnd(Only):
+        def copy(self) -> DeadEnd:
+            return self
+
+        def allowed(self) -> Tensor:
+            raise ConstraintError("the grammar is too complex")
+
+    with (
+        running(tiny_llama) as engine,
+        pytest.raises(ConstraintError, match="the grammar is too complex"),
+    ):
+        stream_all(engine, [replace(ask(prompt_of(5)), constraint=DeadEnd({65}))])

@@ -115,6 +115,8 @@ UNFIT: list[tuple[str, dict[str, Any], str]] = [
     ("hidden size 64", {"direction.1": torch.ones(32)}, "llama"),
     ("named direction.N", {"direction.-1": torch.ones(64)}, "llama"),
     ("all of it is zero", {"direction.1": torch.zeros(64)}, "llama"),
+    ("direction.2 .* not finite", {"direction.2": torch.full((64,), torch.nan)}, "llama"),
+    ("two directions of block 1", {"direction.1": torch.ones(64), "1": torch.ones(64)}, "llama"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_a_bias_is_mapped_by_a_bias_of_the_adapter(tmp_path: Path) -> None:
 def test_an_adapter_that_leaves_the_bias_alone_keeps_it_so(tmp_path: Path) -> None:
     plain, lm = make_model("qwen2"), with_bias(make_model("qwen2"))
     export(plain, profile_of(plain, deltas()), "peft", tmp_path / "out")
-    back = import_profile(lm, tmp_path / "out", "back")
+    back = import_profile(lm, tmp_path / "out", "back", allow_derived=True)
     assert all(edit.has_shift for edit in back.edits)
     found = logits(lm, back.applied())
     torch.testing.assert_close(found, adapted(lm, tmp_path / "out"), rtol=1e-3, atol=1e-3)
@@ -191,6 +192,83 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_file({name: t.contiguous() for name, t in tensors.items()}, path)
     with pytest.raises(ValueError, match="do not fit its weight"):
         import_profile(lm, tmp_path / "out", "back")
+
+
+BROKEN: list[tuple[str, str, bytes]] = [
+    ("does not hold a JSON object", "adapter_config.json", b"[]"),
+    ("cannot be read as JSON", "adapter_config.json", b"\xff\xfe\xff"),
+    ("r is None", "adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": 2}'),
+    (
+        "lora_alpha is inf",
+        "adapter_config.json",
+        b'{"peft_type": "LORA", "r": 2, "lora_alpha": Infinity}',
+    ),
+    (
+        r"alpha_pattern.*'\(': missing \)",
+        "adapter_config.json",
+        b'{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "alpha_pattern": {"(": 1}}',
+    ),
+    ("IA3 adapter", "adapter_config.json", b'{"peft_type": "IA3"}'),
+    (r"pilothouse\.json does not hold", "pilothouse.json", b"[1]"),
+    ("what it says of its base model is damaged", "pilothouse.json", b'{"base": {"a": 1}}'),
+    ("not a whole safetensors file", "adapter_model.safetensors", b"\x80\x04junk"),
+]
+
+
+@pytest.mark.parametrize(("reason", "name", "content"), BROKEN)
+def test_broken_adapters_are_refused_by_name(
+    reason: str, name: str, content: bytes, tmp_path: Path
+) -> None:
+    lm = make_model("llama")
+    export(lm, profile_of(lm, deltas()), "peft", tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        import_profile(lm, tmp_path / "out", "back")
+
+
+def test_pickled_weights_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    lm = make_model("llama")
+    export(lm, profile_of(lm, deltas()), "peft", tmp_path / "out")
+    weights = tmp_path / "out" / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="a pickle, which is never read: if you trust it"):
+        import_profile(lm, tmp_path / "out", "back")
+
+
+@pytest.mark.parametrize(
+    ("reason", "spoil"),
+    [
+        ("lora_A.weight holds values that are not finite", lambda t: t * float("nan")),
+        ("lora_A.weight holds torch.int32", lambda t: t.int()),
+    ],
+)
+def test_tensors_that_are_no_numbers_are_refused_by_name(
+    reason: str, spoil: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    lm = make_model("llama")
+    export(lm, profile_of(lm, deltas()), "peft", tmp_path / "out")
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    tensors = {name: spoil(t) if "A.w" in name else t for name, t in load_file(path).items()}
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=reason):
+        import_profile(lm, tmp_path / "out", "back")
+
+
+def test_an_adapter_of_ours_belongs_to_its_base_model(tmp_path: Path) -> None:
+    lm, other = make_model("llama"), make_model("llama", seed=1)
+    export(lm, profile_of(lm, [delta(Site(1, "attn_out"))]), "peft", tmp_path / "out")
+    with pytest.raises(ValueError, match="fitted on other weights"):
+        import_profile(other, tmp_path / "out", "back")
+    assert import_profile(other, tmp_path / "out", "back", allow_derived=True).edits
+    with pytest.raises(ValueError, match="fitted for a model with architecture"):
+        import_profile(make_model("mistral"), tmp_path / "out", "back", allow_derived=True)
+    # Others say no more than a name.
+    (tmp_path / "out" / "pilothouse.json").unlink()
+    assert import_profile(lm, tmp_path / "out", "back").provenance["notes"] == []
+    config = tmp_path / "out" / "adapter_config.json"
+    config.write_text(config.read_text().replace("tiny-llama", "someone/else"))
+    (note,) = import_profile(lm, tmp_path / "out", "back").provenance["notes"]
+    assert "trained on someone/else, this is tiny-llama" in note
 
 
 def test_what_an_adapter_cannot_hold_names_the_format_that_can(tmp_path: Path) -> None:

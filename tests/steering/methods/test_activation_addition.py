@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from steering.activations import gather_activations
 from steering.edit import AppliedEdit, Site
 from steering.fit import fit_profile
 from steering.methods.activation_addition import ActivationAddition, addition
-from steering.prompts import PromptSet
+from steering.prompts import Prompt, PromptSet
 from tests.conftest import make_model
 from tests.steering.methods.synthetic import Scripted, always_answers, fit_data, unedited
 
@@ -66,7 +68,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         ({"contrasts": ()}, "contrasts needs at least one value"),
         ({"contrasts": "words"}, "contrasts are of labels, filtered, outcomes"),
         ({"phases": "late"}, "phases are of prompt, generation, all"),
-        ({"strengths": (0.5, -1.0)}, "towards=answer turns the direction"),
+        ({"strengths": (0.5, -1.0)}, "strengths are above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             ActivationAddition(**settings)  # type: ignore[arg-type]
@@ -78,3 +80,10 @@ def test_selection_prompts_of_one_label_cannot_choose() -> None:
     lacking = type(data)(data.lm, data.fit, PromptSet(tuple(data.selection.harmful)))
     with pytest.raises(ValueError, match="needs harmful and benign selection prompts"):
         ActivationAddition().fit(lacking)
+
+
+def test_sets_that_do_not_differ_have_no_direction() -> None:
+    data = fit_data(make_model("llama"), Scripted())
+    same = tuple(Prompt(f"cake {i}", label) for i in range(4) for label in (True, False))
+    with pytest.raises(ValueError, match="the two sides of the contrast do not differ at 2"):
+        ActivationAddition(blocks=(2,)).fit(replace(data, fit=PromptSet(same)))

@@ -238,3 +238,15 @@ def test_missing_labels_and_unsound_settings_are_refused() -> None:
         AlphaSteer(rho=(0.3, 0.4), blocks=(1,))
     with pytest.raises(ValueError, match="above 0"):
         AlphaSteer(strengths=(-0.5,))
+
+
+def test_a_null_space_that_rounding_chooses_is_warned_about() -> None:
+    lines: list[str] = []
+    data = replace(fit_data(make_model("llama"), Scripted(), per_kind=12), report=lines.append)
+    AlphaSteer(blocks=(2,), strength=0.5, rho=0.4).fit(data)
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    assert "24 benign prompts" in warning and "keeps 25 of the other 40 by chance" in warning
+    assert "39 prompts or more" in warning and "rho of 0.62 or more" in warning
+    lines.clear()
+    AlphaSteer(blocks=(2,), strength=0.5, rho=0.63).fit(data)
+    assert not [line for line in lines if line.startswith("warning")]

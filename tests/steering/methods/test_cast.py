@@ -104,7 +104,7 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     for settings, message in (
         ({"conditions": "cosine"}, "conditions are of pca, difference"),
         ({"strengths": ()}, "strengths needs at least one value"),
-        ({"strengths": (-1.0,)}, "the vector points to refusal"),
+        ({"strengths": (-1.0,)}, "strengths are above 0"),
         ({"phases": "late"}, "phases are of prompt, generation, all"),
     ):
         with pytest.raises(ValueError, match=message):

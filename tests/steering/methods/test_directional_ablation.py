@@ -131,5 +131,5 @@ def test_candidates_lie_below_the_layer_bound_and_broken_bounds_are_told() -> No
 
 def test_a_model_that_never_refuses_has_no_direction_to_ablate() -> None:
     data = fit_data(make_model("llama"), Scripted(raw=always_answers))
-    with pytest.raises(ValueError, match="harmful fit prompts that the model refuses"):
+    with pytest.raises(ValueError, match=r"harmful fit prompts that the model refuses.*add some$"):
         DirectionalAblation().fit(data)

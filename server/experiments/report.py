@@ -1,0 +1,457 @@
+"""What an experiment has shown so far: rates, differences, verdicts; as JSON and as text.
+
+Lower counts as better for every metric: fewer refusals, fewer answers to harmful prompts, fewer
+broken replies. Whoever wants more refusals of harmful prompts tests `harmful_answer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from server.experiments import analysis
+from server.experiments.analysis import METRICS, SCORES, Answers, Score
+from server.experiments.correction import Corrector
+from server.experiments.definitions import Arm, Experiment, Metric
+from server.experiments.records import AnswerRecord, EventRecord
+from server.experiments.sequential import ConfidenceSequence, Floats, rate_bounds
+from server.experiments.verdict import Decision, decide
+from steering.evaluate.statistics import holm, mcnemar
+from steering.judge_set import Card
+
+MOST_LOOKS = 200
+"""Of a confidence sequence in a report; all looks are paid for, these are drawn."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its confidence sequence's latest interval; None where there is none yet.
+
+    Args:
+        n, units: judged answers (or pairs), and units that they are of.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    units: int
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A figure that was corrected for the judge's errors."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at a difference, for plots."""
+
+    time: float
+    n: int
+    units: int
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of exposures that were answered; None of none."""
+
+    ttft_median: float | None
+    ttft_p95: float | None
+    duration_median: float | None
+    duration_p95: float | None
+
+
+@dataclass(frozen=True)
+class ArmReport:
+    """One arm.
+
+    Args:
+        units: with a name, that were exposed.
+        answers: exposures of those units; `unjudged` of them have no outcome.
+        rates, scores: of those units.
+        corrected: rates, corrected for the judge's errors, where they can be.
+        unsticky: rates of requests without a unit, as if each came from somebody else.
+        unsticky_answers: how many there are.
+    """
+
+    name: str
+    profile: str
+    strength: float | None
+    control: bool
+    expected_share: float
+    stopped: float | None
+    units: int
+    answers: int
+    unjudged: int
+    rates: Mapping[Metric, Interval]
+    corrected: Mapping[Metric, Bounds]
+    scores: Mapping[Score, Interval]
+    latency: Latency
+    unsticky_answers: int
+    unsticky: Mapping[Metric, Interval]
+
+
+@dataclass(frozen=True)
+class McNemarReport:
+    """McNemar's exact test at the declared end, on the first pair of each unit."""
+
+    control_only: int
+    arm_only: int
+    p: float
+    holm_p: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm less control, of different units (`exposures`) or on the same prompts (`shadows`).
+
+    Args:
+        differences: of rates and scores, as the judge saw them.
+        corrected: of rates, where each profile has its own figures of the judge's errors.
+        p: of the experiment's metric against zero, anytime-valid; `holm_p` adjusted for the arms.
+        looks: at the experiment's metric, over time.
+    """
+
+    arm: str
+    differences: Mapping[str, Interval]
+    corrected: Mapping[Metric, Bounds]
+    p: float
+    holm_p: float
+    decision: Decision
+    looks: Sequence[Look]
+    mcnemar: McNemarReport | None = None
+
+
+@dataclass(frozen=True)
+class SampleRatio:
+    """Are units spread over the arms as the weights say? Below `alpha` no verdict stands."""
+
+    p: float
+    alpha: float
+    expected: Mapping[str, float]
+    units: Mapping[str, int]
+
+    @property
+    def mismatch(self) -> bool:
+        return self.p <= self.alpha
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known about one version of an experiment.
+
+    Args:
+        time: of the report, seconds since 1970.
+        ended: the declared end has passed.
+        left_out: records that do not count, by reason.
+        warnings: what a reader must know.
+        shadows: comparisons on the same prompts, of arms that have pairs.
+    """
+
+    experiment: Experiment
+    time: float
+    ended: bool
+    sample_ratio: SampleRatio
+    arms: Sequence[ArmReport]
+    comparisons: Sequence[Comparison]
+    shadows: Sequence[Comparison]
+    left_out: Mapping[str, int]
+    events: Sequence[EventRecord]
+    warnings: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; what is not finite is None."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        found = {name: _plain(value) for name, value in fields.items()}
+        found["sample_ratio"]["mismatch"] = self.sample_ratio.mismatch
+        return found
+
+    def to_text(self) -> str:
+        from server.experiments.report_text import lines
+
+        return "\n".join(lines(self)) + "\n"
+
+    def to_html(self) -> str:
+        """One page that needs nothing else. Without matplotlib (extra `eval`) it has no plots."""
+        from server.experiments.report_page import page
+
+        return page(self)
+
+
+def make_report(
+    experiment: Experiment,
+    records: Iterable[AnswerRecord],
+    events: Iterable[EventRecord] = (),
+    *,
+    judge_card: Card | Mapping[str, Card] | None = None,
+    now: float | None = None,
+) -> Report:
+    """Analyse an experiment.
+
+    Args:
+        records, events: in any order; those of other experiments and versions are left out.
+        judge_card: the judge's sensitivity and specificity, or those by profile: only with the
+            latter are differences corrected, since judges err differently on different profiles.
+        now: seconds since 1970; decides whether the end has come.
+    """
+    now = time.time() if now is None else now
+    # Times are for people and tests; which answers count does not depend on them.
+    events = sorted(events, key=lambda event: event.time)
+    answers = analysis.select(experiment, records, events)
+    corrector = Corrector(judge_card, answers)
+    ended = experiment.end is not None and now >= experiment.end.timestamp()
+    arms = [_arm(answers, arm, corrector) for arm in experiment.arms]
+    ratio = SampleRatio(
+        analysis.sample_ratio_p(answers),
+        analysis.SAMPLE_RATIO_ALPHA,
+        {arm.name: arm.expected_share for arm in arms},
+        {arm.name: arm.units for arm in arms},
+    )
+    report = Report(
+        experiment,
+        now,
+        ended,
+        ratio,
+        arms,
+        _comparisons(answers, corrector, ratio, paired=False, ended=ended),
+        _comparisons(answers, corrector, ratio, paired=True, ended=ended),
+        {reason: n for reason, n in answers.counts.items() if reason != "shadows"},
+        [e for e in events if (e.experiment, e.version) == (experiment.name, experiment.version)],
+        (),
+    )
+    return dataclasses.replace(report, warnings=tuple(_warnings(report, answers, corrector)))
+
+
+def _arm(answers: Answers, arm: Arm, corrector: Corrector) -> ArmReport:
+    experiment, name = answers.experiment, arm.name
+    mine = [record for record in answers.exposures if record.arm == name]
+    loose = [record for record in answers.unsticky if record.arm == name]
+    rates = {metric: analysis.arm_sequence(answers, metric, name) for metric in METRICS}
+    return ArmReport(
+        name,
+        arm.profile,
+        arm.strength,
+        arm == experiment.control,
+        experiment.shares[answers.arms[name]],
+        answers.stops.get(name),
+        len({record.unit for record in mine}),
+        len(mine),
+        sum(record.outcome in (None, "error") for record in mine),
+        {metric: _rate(rate) for metric, rate in rates.items()},
+        {
+            metric: Bounds(found.estimate, found.low, found.high)
+            for metric, rate in rates.items()
+            if (found := corrector.rate(metric, name, rate)) is not None
+        },
+        {
+            score: _interval(analysis.arm_sequence(answers, score, name), analysis.extremes(score))
+            for score in SCORES
+        },
+        _latency([record for record in (*mine, *loose) if record.finish_reason != "error"]),
+        len(loose),
+        {
+            metric: _rate(analysis.arm_sequence(answers, metric, name, sticky=False))
+            for metric in METRICS
+        }
+        if loose
+        else {},
+    )
+
+
+def _latency(records: Sequence[AnswerRecord]) -> Latency:
+    ttft = [record.ttft_seconds for record in records if record.ttft_seconds is not None]
+    duration = [record.duration_seconds for record in records]
+
+    def quantile(values: Sequence[float], q: float) -> float | None:
+        return float(np.quantile(values, q)) if values else None
+
+    return Latency(
+        quantile(ttft, 0.5), quantile(ttft, 0.95), quantile(duration, 0.5), quantile(duration, 0.95)
+    )
+
+
+def _comparisons(
+    answers: Answers, corrector: Corrector, ratio: SampleRatio, *, paired: bool, ended: bool
+) -> list[Comparison]:
+    experiment = answers.experiment
+    metric, control = experiment.metric, experiment.control.name
+    compare = analysis.compared_in_pairs if paired else analysis.compared
+    found = {
+        arm.name: {what: compare(answers, what, arm.name) for what in (*METRICS, *SCORES)}
+        for arm in experiment.arms[1:]
+    }
+    if paired:
+        found = {
+            arm: pairs
+            for arm, pairs in found.items()
+            if any(len(sequence) for _, sequence in pairs.values())
+        }
+    p_values = {arm: _last(pairs[metric][1].p, 1.0) for arm, pairs in found.items()}
+    adjusted = holm(p_values)
+    tests = _mcnemar(answers, list(found)) if paired and ended else {}
+    comparisons = []
+    for arm, each in found.items():
+        series, sequence = each[metric]
+        decision = decide(
+            sequence,
+            adjusted[arm],
+            alpha=experiment.alpha,
+            margin=experiment.margin,
+            limits=analysis.boundary(experiment, arm, control),
+        )
+        # How units were spread does not matter where both arms answered the same prompts.
+        if ratio.mismatch and not paired:
+            why = f"units are not spread as the weights say (p = {ratio.p:.2g}): find out why"
+            decision = Decision("blocked", why)
+        differences: dict[str, Interval] = {
+            what: _interval(result, None if what == "refusal_score" else (-1.0, 1.0))
+            for what, (_, result) in each.items()
+        }
+        corrected = {} if paired else _corrected(answers, corrector, arm)
+        looks = _looks(sequence, series.times)
+        comparisons.append(
+            Comparison(
+                arm, differences, corrected, p_values[arm], adjusted[arm], decision, looks,
+                tests.get(arm),
+            )
+        )  # fmt: skip
+    return comparisons
+
+
+def _corrected(answers: Answers, corrector: Corrector, arm: str) -> dict[Metric, Bounds]:
+    found: dict[Metric, Bounds] = {}
+    for metric in METRICS:
+        difference = corrector.difference(metric, arm)
+        if difference is not None:
+            found[metric] = Bounds(*difference)
+    return found
+
+
+def _mcnemar(answers: Answers, arms: Sequence[str]) -> dict[str, McNemarReport]:
+    tests = {}
+    for arm in arms:
+        series, _ = analysis.compared_in_pairs(answers, answers.experiment.metric, arm)
+        _, first = np.unique(series.units, return_index=True)
+        values = series.values[first]
+        # Pairs on which both do the same say nothing.
+        tests[arm] = mcnemar([bool(v < 0) for v in values], [bool(v > 0) for v in values])
+    adjusted = holm({arm: test.p for arm, test in tests.items()})
+    return {
+        arm: McNemarReport(test.first_only, test.second_only, test.p, adjusted[arm])
+        for arm, test in tests.items()
+    }
+
+
+def _interval(sequence: ConfidenceSequence, limits: tuple[float, float] | None) -> Interval:
+    if not len(sequence):
+        return Interval(None, None, None, 0, 0)
+    value, n, units = sequence.estimate[-1], sequence.n[-1], sequence.units[-1]
+    low, high = float(sequence.low[-1]), float(sequence.high[-1])
+    if not math.isfinite(low):
+        return Interval(float(value), None, None, int(n), int(units))
+    if limits is not None:
+        low, high = max(low, limits[0]), min(high, limits[1])
+    return Interval(float(value), low, high, int(n), int(units))
+
+
+def _rate(sequence: ConfidenceSequence) -> Interval:
+    found = _interval(sequence, None)
+    if found.low is None:
+        return found
+    low, high = rate_bounds(sequence.estimate, sequence.se, sequence.n, sequence.factor)
+    return dataclasses.replace(found, low=float(low[-1]), high=float(high[-1]))
+
+
+def _looks(sequence: ConfidenceSequence, times: Floats) -> list[Look]:
+    known = np.flatnonzero(np.isfinite(sequence.se))
+    if not len(known):
+        return []
+    chosen = known[np.unique(np.linspace(0, len(known) - 1, MOST_LOOKS).astype(int))]
+    low, high = sequence.low, sequence.high
+    return [
+        Look(
+            float(times[sequence.at[i]]),
+            int(sequence.n[i]),
+            int(sequence.units[i]),
+            float(sequence.estimate[i]),
+            float(low[i]),
+            float(high[i]),
+        )
+        for i in chosen
+    ]
+
+
+def _warnings(report: Report, answers: Answers, corrector: Corrector) -> Iterator[str]:
+    if report.sample_ratio.mismatch:
+        yield (
+            f"Units are not spread over the arms as the weights say (p = "
+            f"{report.sample_ratio.p:.2g}): something loses or adds answers of some "
+            "arms. No verdict on exposures stands."
+        )
+    if answers.crossed:
+        yield (
+            f"{len(answers.crossed)} units were seen in more than one arm, which assignment never "
+            "does: a bug, or servers that differ. Only answers of a unit's first arm count."
+        )
+    if answers.unsticky:
+        yield (
+            f"{len(answers.unsticky)} requests said nothing of who asks: each is its own unit, may "
+            "meet another arm next time, and is left out of the comparison."
+        )
+    shares = [arm.unjudged / arm.answers for arm in report.arms if arm.answers]
+    if shares and max(shares) - min(shares) > 0.02:
+        yield (
+            "The arms differ in how many answers were not judged ("
+            + ", ".join(
+                f"{arm.name} {arm.unjudged / arm.answers:.1%}" for arm in report.arms if arm.answers
+            )
+            + "): rates are of those that were."
+        )
+    yield from corrector.warnings
+
+
+def _last(values: Floats, default: float) -> float:
+    return float(values[-1]) if len(values) else default
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Experiment):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def when(seconds: float) -> str:
+    """A time for people."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def write_page(report: Report, path: Path) -> Path:
+    """Write the report's page."""
+    path.write_text(report.to_html(), "utf-8")
+    return path
