@@ -1,8 +1,8 @@
 """What clients send, after OpenAI's chat completions and completions.
 
 Strict where a mistake would otherwise pass unnoticed: numbers must be numbers in range, a field
-that OpenAI or vLLM knows and this server cannot honour is refused (`UNSUPPORTED`), and so is an
-unknown key inside `steering`. Other unknown keys are accepted, since clients send their vendors'
+that OpenAI or vLLM knows and this server cannot honour is refused (`server.unsupported`), and so is
+an unknown key inside `steering`. Other unknown keys are accepted, since clients send their vendors'
 own, and named in the response header `X-Ignored-Fields`. What clients get: `server.responses`.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
@@ -29,69 +29,14 @@ from server.engine.base import MAX_TOP_LOGPROBS
 from server.errors import InvalidRequestError
 from server.structured import ResponseFormat
 from server.tools import MAX_TOOLS, Tool, ToolCallTurn, ToolChoice
+from server.unsupported import (
+    UNSUPPORTED,
+    UNSUPPORTED_IN_COMPLETIONS,
+    UNSUPPORTED_IN_MESSAGE,
+    ignored_fields,
+)
 from server.validation import MOST_MESSAGES, MOST_MISTAKES, Strict, TemplateValue
 from steering.edit import Phase
-
-# Fields of OpenAI's or vLLM's API that this server does not implement, with the values that ask
-# for nothing. Null asks for nothing everywhere.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    # OpenAI
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    # vLLM and others
-    "add_special_tokens": (False,),
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "documents": ([],),
-    "echo": (False,),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "ignore_eos": (False,),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "min_tokens": (0,),
-    "priority": (0,),
-    "prompt_logprobs": (0,),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    "structured_outputs": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
-UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
-    **{k: v for k, v in UNSUPPORTED.items() if k not in ("add_special_tokens", "best_of")},
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "add_generation_prompt": (),
-    "continue_final_message": (),
-    "messages": (),
-    "suffix": ("",),
-    "top_logprobs": (0,),
-}
-UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-}
 
 
 class TextPart(Strict):
@@ -471,13 +416,13 @@ class ChatRequest(GenerationRequest):
         )
 
     def check(self) -> list[str]:
-        ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED, ""))
+        ignored = list(ignored_fields(self.model_extra or {}, UNSUPPORTED, ""))
         if self.response_format is not None:
             self.response_format.check()
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
             extra = message.model_extra or {}
-            ignored += _ignored(extra, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
+            ignored += ignored_fields(extra, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(
                 "'top_logprobs' is only possible with 'logprobs': true.", param="top_logprobs"
@@ -556,7 +501,7 @@ class CompletionRequest(GenerationRequest):
         return cast(list[str | list[int]], prompt)
 
     def check(self) -> list[str]:
-        ignored = list(_ignored(self.model_extra or {}, UNSUPPORTED_IN_COMPLETIONS, ""))
+        ignored = list(ignored_fields(self.model_extra or {}, UNSUPPORTED_IN_COMPLETIONS, ""))
         if self.best_of not in (None, self.choices):
             raise InvalidRequestError(
                 f"This server ranks no choices: 'best_of' must be the same as 'n' "
@@ -599,7 +544,9 @@ class TokenizeRequest(Body):
                 raise InvalidRequestError(f"{name!r} belongs to {other!r}.", param=name)
         for i, message in enumerate(self.messages or ()):
             message.check(f"messages[{i}]")
-            list(_ignored(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE, f"messages[{i}]."))
+            list(
+                ignored_fields(message.model_extra or {}, UNSUPPORTED_IN_MESSAGE, f"messages[{i}].")
+            )
 
     @property
     def template_flags(self) -> dict[str, bool]:
@@ -657,27 +604,3 @@ class RegisterRequest(Body):
         description="Relative to that folder, and inside it."
     )
     name: str | None = Field(None, description="To serve it by; default: its own.")
-
-
-def _ignored(
-    extra: dict[str, Any], unsupported: dict[str, tuple[Any, ...]], prefix: str
-) -> Iterator[str]:
-    told_prefix = re.sub(r"\[\d+\]", "", prefix) if extra else ""
-    for name, value in extra.items():
-        if value is None:
-            continue
-        accepted = unsupported.get(name)
-        if accepted is None:
-            yield told_prefix + name
-        elif not any(_same(value, default) for default in accepted):
-            told = f" (leave it out or send {json.dumps(accepted[0])})" if accepted else ""
-            raise InvalidRequestError(
-                f"This server does not support {prefix + name!r}{told}.",
-                param=prefix + name,
-                code="unsupported_parameter",
-            )
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Equal, and no boolean that stands for a number or the other way round."""
-    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from server.engine.local import LocalEngine
-from server.protocol import UNSUPPORTED
+from server.unsupported import UNSUPPORTED
 from tests.server.fakes import (
     FakeEngine,
     body,

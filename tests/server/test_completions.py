@@ -11,7 +11,8 @@ import pytest
 from openai.types import Completion
 
 from server.engine.base import EngineRequest, EngineToken
-from server.protocol import UNSUPPORTED_IN_COMPLETIONS, CompletionRequest
+from server.protocol import CompletionRequest
+from server.unsupported import UNSUPPORTED_IN_COMPLETIONS
 from tests.conftest import make_model, make_sentencepiece
 from tests.server.fakes import (
     FakeEngine,
