@@ -504,4 +504,5 @@ def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:
 
 
 def _header_safe(name: str) -> str:
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.[]") else "?" for c in name[:64])
+    safe = (c if c.isascii() and (c.isalnum() or c in "_-.[]") else "?" for c in name[:64])
+    return "".join(safe) or "?"  # a header must not end in a blank

@@ -77,7 +77,10 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         "/v1/experiments",
         status_code=201,
         response_model=ExperimentCard,
-        responses=errors(400, 403, 404, 409, 413, 429, 503),
+        responses={
+            200: {"description": "It is so already.", "model": ExperimentCard},
+            **errors(400, 403, 404, 409, 413, 429, 503),
+        },
         tags=["admin"],
         summary="Define an experiment, or its next version",
     )
@@ -141,7 +144,7 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
                 "description": "The report.",
                 "content": {"application/json": {}, "text/html": {}, "text/plain": {}},
             },
-            **errors(404),
+            **errors(400, 404, 503),
         },
         tags=["experiments"],
         summary="What an experiment has shown",

@@ -264,6 +264,8 @@ def test_unknown_fields_are_ignored_and_named() -> None:
     assert response.headers["x-ignored-fields"] == "vendor_key, bad?key, prompt_cache_key"
     named = post(messages=[{"role": "user", "content": "Hi", "name": "Ann"}])
     assert named.headers["x-ignored-fields"] == "messages.name"
+    nameless = post(**{"0": 1, "": 1})  # a header must not end in a blank
+    assert nameless.headers["x-ignored-fields"] == "0, ?"
 
 
 def test_a_failure_before_the_answer_is_a_status() -> None:

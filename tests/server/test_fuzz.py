@@ -217,6 +217,10 @@ def parse(path: str, response: httpx2.Response) -> None:
             if "error" in event:  # the status was sent by then
                 ErrorEnvelope.model_validate(event)
             else:
+                if path == "/v1/completions":
+                    # OpenAI's own chunks have null before the last; their type says otherwise.
+                    for choice in event["choices"]:
+                        choice["finish_reason"] = choice["finish_reason"] or "stop"
                 of_chunk.model_validate(event)
     else:
         of_whole.model_validate(response.json())

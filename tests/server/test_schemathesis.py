@@ -21,13 +21,15 @@ from schemathesis.specs.openapi.checks import (
 
 from server.engine.local import LocalEngine
 from tests.conftest import make_model
+from tests.server.experiments.trials import experiment, hosting
 from tests.server.fakes import get, make_host
 from tests.server.live import live_server
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
-EXAMPLES = 40
+EXAMPLES = 20
 """Per operation and kind of request."""
 KNOWN = {"model": "tiny", "name": "bold", "steering": {"profile": "shy"}, "messages": MESSAGES}
+KNOWN_OF_EXPERIMENTS = {"name": "trial", "arm": "treated", "version": 1}
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -46,7 +48,7 @@ def operations() -> list[tuple[str, str]]:
 def schema() -> Any:
     load_all_checks()
     engine = LocalEngine(make_model("llama"), max_num_seqs=16, max_model_len=96)
-    with live_server(make_host(engine)) as address:
+    with live_server(hosting(experiment(), host=make_host(engine))) as address:
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
@@ -56,25 +58,32 @@ def test_every_answer_is_one_that_the_document_declares(
 ) -> None:
     operation = schema[path][method]
     statuses: Counter[int] = Counter()
-    cases = st.one_of(
-        operation.as_strategy(generation_mode=GenerationMode.POSITIVE),
-        operation.as_strategy(generation_mode=GenerationMode.NEGATIVE),
-    )
-    if not operation.body and not operation.path_parameters:
-        cases = operation.as_strategy()
+    plain = not operation.body and not operation.path_parameters
+    modes = (GenerationMode.POSITIVE,) if plain else tuple(GenerationMode)
+    for mode in modes:
+        _run(operation, mode, 3 if plain else EXAMPLES, statuses)
+    expected = {"delete": 404}.get(method, 200)
+    # A profile file is not guessed, nor an experiment's arms.
+    if path not in ("/v1/steering/profiles", "/v1/experiments") or method == "get":
+        assert statuses[expected], statuses
+
+
+def _run(operation: Any, mode: GenerationMode, examples: int, statuses: Counter[int]) -> None:
+    """Make requests of the document's kind, or of no kind that it allows, and check the answers."""
+    of_experiments = "/v1/experiments" in operation.path and operation.method != "delete"
 
     @settings(
-        max_examples=EXAMPLES if operation.body or operation.path_parameters else 3,
+        max_examples=examples,
         deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
-    @given(case=cases, known=st.booleans())
+    @given(case=operation.as_strategy(generation_mode=mode), known=st.booleans())
     def run(case: Any, known: bool) -> None:
         if known:  # what no generator can guess
-            for key, value in KNOWN.items():
-                for where in (case.body, case.path_parameters):
+            for key, value in (KNOWN_OF_EXPERIMENTS if of_experiments else KNOWN).items():
+                for where in (case.body, case.path_parameters, case.query):
                     if isinstance(where, dict) and key in where:
                         where[key] = value
         response = case.call(timeout=30)
@@ -82,6 +91,3 @@ def test_every_answer_is_one_that_the_document_declares(
         case.validate_response(response, checks=CHECKS)
 
     run()
-    expected = {"delete": 404}.get(method, 200)
-    if path != "/v1/steering/profiles" or method == "get":  # a profile file is not guessed
-        assert statuses[expected], statuses

@@ -20,6 +20,8 @@ from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.registry import Registry
 from server.hosting import Host
 from server.settings import SettingsError, load_settings
+from steering.judge import JUDGE_VERSION
+from steering.judge_set import Card
 from tests.server.experiments.trials import (
     ARMS,
     answers,
@@ -289,12 +291,14 @@ class Counted:
     experiment: Experiment
     records: Sequence[AnswerRecord]
     events: Sequence[EventRecord]
+    judge_card: Card | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "version": self.experiment.version,
             "arms": [r.arm for r in self.records],
             "events": [e.kind for e in self.events],
+            "judge": self.judge_card and self.judge_card.version,
             "none": float("nan"),
         }
 
@@ -324,7 +328,8 @@ def test_a_report_is_json_a_page_or_text() -> None:
         ("GET", f"{URL}/nothing/report"),
     )
     assert plain.json() == {
-        "version": 1, "arms": ["treated"], "events": ["registered"], "none": None,
+        "version": 1, "arms": ["treated"], "events": ["registered"], "judge": JUDGE_VERSION,
+        "none": None,
     }  # fmt: skip
     assert page.headers["content-type"].startswith("text/html")
     assert "img-src data:" in page.headers["content-security-policy"]
