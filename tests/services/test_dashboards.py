@@ -1,8 +1,7 @@
 """Demo traffic on a real server, scraped by a real Prometheus with the project's configuration,
 rules and key file; then every query of every dashboard is asked.
 
-Not real here: the series of experiments and records come from a small exporter around the registry
-of `server.metrics`, and yesterday's series are written into Prometheus' storage beforehand.
+Not real here: yesterday's series, which are written into Prometheus' storage beforehand.
 """
 
 from __future__ import annotations
@@ -13,20 +12,16 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import prometheus_client
 import pytest
 import yaml
 
 from server.hosting import open_host
-from server.metrics import Metrics
 from server.settings import Settings
 from steering.evaluate.statistics import wilson_interval
 from tests.deploy.conftest import DASHBOARDS, DEPLOY, ROOT, fill_in, load, panels, queries
@@ -36,11 +31,11 @@ from tests.services.prometheus import Prometheus, running_prometheus
 
 TRAFFIC_SECONDS = 15
 WINDOW = "30s"
-EXPERIMENT_METRICS = (
-    "steering_experiment_exposures", "steering_experiment_responses_judged",
-    "steering_experiment_arm_share_ratio", "steering_guardrail_stops",
-    "steering_experiment_shadows",
-)  # fmt: skip
+EXPERIMENT = {
+    "name": "trial",
+    "arms": [{"name": "control", "profile": "raw"}, {"name": "treated", "profile": "llm-va"}],
+    "shadow": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +59,14 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(keys: Path) -> Iterator[str]:
-    settings = Settings(keys=str(keys / "server/keys.json"), protect_metrics=True)
+    settings = Settings.model_validate(
+        {
+            "keys": str(keys / "server/keys.json"),
+            "protect_metrics": True,
+            "experiments": [EXPERIMENT],
+            "experiments_journal": keys / "journal",
+        }
+    )
     with live_server(open_host(settings)) as address:
         yield address
 
@@ -75,17 +77,16 @@ def prometheus(
 ) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     _write_yesterday(folder)
-    with _experiment_exporter() as exporter:
-        config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["rule_files"] = [str(DEPLOY / "prometheus/rules/*.yml")]
-        (job,) = config["scrape_configs"]
-        job["authorization"]["credentials_file"] = str(keys / "scrape/scrape.key")
-        job["static_configs"] = [{"targets": [address.removeprefix("http://"), exporter]}]
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        console = f"--web.console.templates={DEPLOY / 'prometheus/consoles'}"
-        with running_prometheus(folder / "prometheus.yml", folder / "data", console) as prometheus:
-            yield prometheus
+    config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(DEPLOY / "prometheus/rules/*.yml")]
+    (job,) = config["scrape_configs"]
+    job["authorization"]["credentials_file"] = str(keys / "scrape/scrape.key")
+    job["static_configs"] = [{"targets": [address.removeprefix("http://")]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    console = f"--web.console.templates={DEPLOY / 'prometheus/consoles'}"
+    with running_prometheus(folder / "prometheus.yml", folder / "data", console) as prometheus:
+        yield prometheus
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,7 @@ def traffic(prometheus: Prometheus, address: str, keys: Path) -> list[dict[str, 
             "--locustfile", str(DEPLOY / "loadtest/locustfile.py"),
             "--host", address,
             "--api-key-file", str(keys / "load/load.key"),
+            "--experiment", "trial",
             "--headless", "--users", "6", "--spawn-rate", "6",
             "--run-time", f"{TRAFFIC_SECONDS}s", "--stop-timeout", "20s",
             "--csv", str(report), "--only-summary",
@@ -185,38 +187,6 @@ def test_intervals_in_promql_are_wilsons(prometheus: Prometheus) -> None:
             expr = wilson(f"vector({successes})", f"vector({trials})", side)
             (series,) = prometheus.query(expr)
             assert float(series["value"][1]) == pytest.approx(right, abs=2e-4)
-
-
-@contextmanager
-def _experiment_exporter() -> Iterator[str]:
-    """Series of an experiment that goes on, by the registry that the server exports."""
-    metrics = Metrics([])
-    metrics.add_experiment("trial", {"control": 0.5, "treated": 0.5})
-    samples = [f"{name}{suffix}" for name in EXPERIMENT_METRICS for suffix in ("", "_total")]
-    server, thread = prometheus_client.start_http_server(
-        0, "127.0.0.1", metrics.registry.restricted_registry(samples)
-    )
-    over = threading.Event()
-
-    def live() -> None:
-        while not over.wait(0.1):
-            for arm, refusals in (("control", 2), ("treated", 1)):
-                metrics.exposures.labels("trial", arm).inc(8)
-                for prompt_class in ("benign", "harmful"):
-                    judged = metrics.experiment_judged
-                    judged.labels("trial", arm, prompt_class, "refusal").inc(refusals)
-                    judged.labels("trial", arm, prompt_class, "answer").inc(4 - refusals)
-
-    worker = threading.Thread(target=live)
-    worker.start()
-    try:
-        yield f"127.0.0.1:{server.server_port}"
-    finally:
-        over.set()
-        worker.join()
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _write_yesterday(folder: Path) -> None:
