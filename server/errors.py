@@ -259,6 +259,8 @@ def _from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError
             "The body has a key that holds half of a surrogate pair, which is no text.",
             code="invalid_json",
         )
+    if not path and first["type"] == "value_error":  # of fields that contradict one another
+        return InvalidRequestError(f"{describe(first, path)}.")
     if not path:
         return InvalidRequestError(
             "The body must be a JSON object, sent with Content-Type: application/json.",

@@ -48,7 +48,9 @@ def describe(error: Mapping[str, Any], path: str) -> str:
     if kind == "extra_forbidden":
         return f"{path!r} is not a key that is known here; remove it or check its spelling"
     if kind == "too_short":
-        return f"{path!r} must not be empty"
+        least = error["ctx"]["min_length"]
+        need = "not be empty" if least == 1 else f"have at least {least} items"
+        return f"{path!r} must {need}"
     if kind == "too_long":
         return f"{path!r} must have at most {error['ctx']['max_length']} items"
     if kind in ("value_error", "assertion_error"):

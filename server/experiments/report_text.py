@@ -21,7 +21,10 @@ Rows = list[list[str]]
 def headline(report: Report) -> str:
     """Version, metric, and when."""
     experiment = report.experiment
-    state = "ended" if report.ended else "running"
+    left = sum(arm.stopped is None for arm in report.arms)
+    over = report.ended or left < 2 or any(event.kind == "removed" for event in report.events)
+    early = experiment.start is not None and report.time < experiment.start.timestamp()
+    state = "ended" if over else "scheduled" if early else "running"
     return (
         f"Version {experiment.version}, {state}, {when(report.time)}. Metric: {experiment.metric}; "
         f"margin {experiment.margin:g}, alpha {experiment.alpha:g}."

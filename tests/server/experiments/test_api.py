@@ -116,6 +116,24 @@ def test_what_makes_no_experiment_is_refused(
     assert shown.json()["version"] == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"arms": [ARMS[0], ARMS[0]]}, "two arms have the same name."),
+        (
+            {"start": "2026-12-02T00:00:00Z", "end": "2026-12-01T00:00:00Z"},
+            "the end must lie after the start.",
+        ),
+        ({"arms": ARMS[:1]}, "'arms' must have at least 2 items."),
+    ],
+)
+def test_a_contradiction_is_told_in_its_own_words(changes: dict[str, Any], says: str) -> None:
+    [refused] = talk(make_host(), ("POST", URL, definition(**changes)))
+    error = error_of(refused)
+    assert (refused.status_code, error["message"]) == (400, says)
+    assert error["code"] == "invalid_value"
+
+
 def test_an_ended_experiment_answers_nobody_and_a_new_version_begins_again() -> None:
     host = make_host()
     _, ended, asked, again, card, restarted = talk(

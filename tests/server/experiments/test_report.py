@@ -6,11 +6,12 @@ import dataclasses
 import json
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from server.experiments.records import AnswerRecord
+from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.report import Report, make_report, write_page
 from steering.judge_set import Card, Rate
 from tests.server.experiments.samples import (
@@ -39,6 +40,19 @@ def test_the_verdict_is_what_the_truth_is_of(rate: float, n: int, verdict: str) 
     assert verdicts(report) == {"a": verdict}
     more = report.comparisons[0].decision.more_units
     assert (more is not None and more > 100) == (verdict == "inconclusive")
+
+
+def test_the_report_says_whether_the_experiment_runs() -> None:
+    def state(events: list[EventRecord], **changes: Any) -> str:
+        report = make_report(experiment(3, **changes), [], events, now=START)
+        return report.to_text().split(", ")[1]
+
+    later = datetime.fromtimestamp(START + 10, UTC)
+    assert state([]) == "running"
+    assert state([], start=later) == "scheduled"
+    assert state([event("removed", None, START)]) == "ended"
+    stops = [event("stopped", "a", START), event("guard_rail", "b", START)]
+    assert (state(stops[:1]), state(stops)) == ("running", "ended")
 
 
 def test_equal_arms_are_called_equal_within_the_margin() -> None:
