@@ -133,6 +133,7 @@ class EngineRequest:
         refusal_score: whether the first token generated is a reply's, so that it has one.
         priority: above 0 for what nobody waits for. It gets a slot only when nothing of a lower
             number waits, and is turned down where the queue is more than half full.
+        trace: whether each token comes with what was read when it was chosen.
     """
 
     request_id: str
@@ -146,6 +147,7 @@ class EngineRequest:
     benign_read: MonitorRead = "always"
     refusal_score: bool = True
     priority: int = 0
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,26 @@ class PromptScores:
 
 
 @dataclass(frozen=True)
+class TokenTrace:
+    """What was read in the forward call that chose a token, at the position before it.
+
+    That of the first token is read at the last prompt token, as `PromptScores` are. None where
+    there is nothing to read it with.
+
+    Args:
+        answer_probability: of the request's own answer probe.
+        benign_probability: of the best benign probe, in this request's own pass. Edits before it
+            change it, so that it may differ from the `PromptScores`' one, which is the unedited
+            model's.
+        edit_norm: norm of the edits' change over the hidden state's, the largest over the sites.
+    """
+
+    answer_probability: float | None = None
+    benign_probability: float | None = None
+    edit_norm: float | None = None
+
+
+@dataclass(frozen=True)
 class EngineToken:
     """One generated token.
 
@@ -181,6 +203,7 @@ class EngineToken:
         scores: on the first token only.
         queue_seconds: on the first token only, time from submission to admission.
         cached_tokens: on the first token only, prompt tokens that were not computed again.
+        trace: on every token of a request that asks for it.
     """
 
     token_id: int
@@ -190,6 +213,7 @@ class EngineToken:
     scores: PromptScores | None = None
     queue_seconds: float | None = None
     cached_tokens: int | None = None
+    trace: TokenTrace | None = None
 
 
 @dataclass(frozen=True)
