@@ -38,7 +38,6 @@ from steering.judge import Judge, Outcome, PhraseJudge, judge, make_judge
 from steering.judge_set import Card
 from steering.models import LanguageModel, load_model
 from steering.monitor import MONITOR_FILE, Monitor, PromptClass
-from steering.plan import sites_of
 from steering.profile import Profile
 from steering.selftest import self_test
 from steering.template import TemplateForm, check_kwargs, form_of, prompt_ending, with_form
@@ -189,11 +188,9 @@ def open_host(settings: Settings) -> Host:
     )
     monitor = _load_monitor(settings, lm, paths)
     _warn_of_other_forms(lm, store, monitor)
-    for profile in store:
-        self_test(lm, profile)
-        logger.info("profile %s passed its self-test", profile.name)
     if settings.fold is not None:
         folded = store.resolve(settings.fold)
+        self_test(lm, folded)
         fold_into(lm, folded, allow_derived=settings.allow_derived_base)
         monitor = monitor and _before_folded_edits(monitor, folded)
     engine = LocalEngine(
@@ -207,7 +204,9 @@ def open_host(settings: Settings) -> Host:
         monitor=monitor,
     )
     if settings.fold is None:
-        engine.attach(sites_of(edit for profile in store for edit in profile.edits))
+        for profile in store:
+            engine.register(profile)
+            logger.info("profile %s passed its self-test", profile.name)
     return Host(
         engine,
         lm,
