@@ -7,7 +7,7 @@ whole model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -43,8 +43,9 @@ def load_without_weights(
             raise OSError("there are no *.safetensors")
         if dtype == "auto":
             dtype = config.get_text_config().dtype or _stored_dtype(files[0])
+        from_config: Any = AutoModelForCausalLM.from_config  # the stubs know no types
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            model = from_config(config, dtype=dtype).eval()
         if (Path(path) / GENERATION_CONFIG_NAME).is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
     except LOADING_ERRORS as error:
