@@ -49,6 +49,10 @@ class ConstraintError(EngineError):
     """A reply cannot go on as its constraint wants it."""
 
 
+class RankLimitError(EngineError):
+    """A profile has more rank at a site than the engine has room for there."""
+
+
 class SamplingError(ValueError):
     """A sampling parameter that has no meaning.
 
@@ -101,6 +105,12 @@ class TokenConstraint(Protocol):
 
     What either method raises fails the request it belongs to, and no other.
     """
+
+    @property
+    def source(self) -> str:
+        """The grammar as text (Lark in llguidance's dialect), for engines that take grammars and
+        not constraints."""
+        ...
 
     def allowed(self) -> Tensor:
         """Bool `[V]` on the CPU: the tokens that may come next, at least one of them. Asked once
