@@ -110,8 +110,9 @@ class TokenConstraint(Protocol):
     """
 
     @property
-    def grammar(self) -> str:
-        """The whole grammar: Lark, as llguidance reads it."""
+    def source(self) -> str:
+        """The grammar as text (Lark in llguidance's dialect), for engines that take grammars and
+        not constraints."""
         ...
 
     def allowed(self) -> Tensor:

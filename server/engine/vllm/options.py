@@ -120,8 +120,21 @@ class VllmOptions:
             # Off is off: only what would take effect is refused.
             if self.engine_args.get(name) not in (None, False):
                 raise ValueError(f"the vLLM argument {name} cannot be used here: {reason}")
+        given, unsplit = self.engine_args.get("max_num_batched_tokens"), self.max_unsplit_prompt
+        if given is not None and unsplit is not None and given < unsplit + self.max_num_seqs:
+            raise ValueError(
+                f"vLLM's max_num_batched_tokens {given} must hold --max-unsplit-prompt {unsplit} "
+                f"and one token of each of --max-num-seqs {self.max_num_seqs} requests"
+            )
         if taken := sorted(_OWN.keys() & self.engine_args.keys()):
             raise ValueError(f"give {', '.join(_OWN[name] for name in taken)} instead of {taken}")
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """Tokens of one step, so many that a prompt which must not be split fits beside those of
+        running requests."""
+        least = (self.max_unsplit_prompt or 0) + self.max_num_seqs
+        return max(int(self.engine_args.get("max_num_batched_tokens") or 2048), least)
 
     @property
     def compilation_config(self) -> dict[str, Any]:
