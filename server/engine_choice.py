@@ -27,7 +27,7 @@ VLLM_ONLY = (
     "pipeline_parallel_size",
     "data_parallel_size",
     "max_site_rank",
-    "spare_site",
+    "steer_site",
     "gpu_memory_utilization",
     "enforce_eager",
     "vllm_args",

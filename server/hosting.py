@@ -31,7 +31,7 @@ from server.loading import (
     load,
     load_monitor,
     model_name,
-    spare_sites,
+    steer_sites,
     warn_of_other_forms,
 )
 from server.profiles import ProfileStore, profile_files
@@ -262,7 +262,7 @@ def _open_vllm(
         pipeline_parallel_size=settings.pipeline_parallel_size,
         data_parallel_size=settings.data_parallel_size,
         max_site_rank=settings.max_site_rank,
-        sites=spare_sites(settings.spare_site, lm),
+        sites=steer_sites(settings.steer_site, lm),
         max_num_seqs=settings.max_num_seqs or VLLM_SEQS,
         max_model_len=settings.max_model_len or min(lm.context_length, DEFAULT_MAX_MODEL_LEN),
         max_waiting=settings.max_waiting,

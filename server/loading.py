@@ -86,7 +86,7 @@ def _check_answers(lm: LanguageModel) -> None:
         )
 
 
-def spare_sites(asked: Sequence[str], lm: LanguageModel) -> tuple[Site, ...]:
+def steer_sites(asked: Sequence[str], lm: LanguageModel) -> tuple[Site, ...]:
     """`12.resid_post`, or `*.resid_post` for every layer. Raises ValueError."""
     sites: dict[Site, None] = {}
     for text in asked:
@@ -97,7 +97,7 @@ def spare_sites(asked: Sequence[str], lm: LanguageModel) -> tuple[Site, ...]:
                 site = Site.parse(f"{found}.{point}")
                 lm.sites.module_at(site)
             except ValueError as error:
-                raise ValueError(f"--spare-site {text}: {error}") from None
+                raise ValueError(f"--steer-site {text}: {error}") from None
             sites[site] = None
     return tuple(sites)
 

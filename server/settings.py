@@ -127,7 +127,7 @@ class Settings(BaseSettings):
         description="vllm: rank at each edited site, over all profiles; a site's cost is linear in "
         "it",
     )
-    spare_site: Annotated[list[str], NoDecode] = Field(
+    steer_site: Annotated[list[str], NoDecode] = Field(
         [],
         description="vllm: site, as 12.resid_post or *.attn_out for every layer, to keep room at "
         "for profiles registered at run time; may be repeated (as a variable: separated by blanks)",
@@ -258,7 +258,7 @@ class Settings(BaseSettings):
         except ValueError as error:
             raise ValueError(f"experiments, --experiments is not JSON: {error}") from None
 
-    @field_validator("cors_origin", "spare_site", mode="before")
+    @field_validator("cors_origin", "steer_site", mode="before")
     @classmethod
     def _split_words(cls, value: Any) -> Any:
         return value.split() if type(value) is str else value

@@ -16,7 +16,7 @@ from server.settings import Settings, SettingsError, flag, load_settings
 
 SUMMARY = "host a model and its profiles behind an OpenAI-compatible API"
 
-_REPEATED = {"profile": "PATH", "cors_origin": "ORIGIN", "spare_site": "SITE"}
+_REPEATED = {"profile": "PATH", "cors_origin": "ORIGIN", "steer_site": "SITE"}
 
 logger = logging.getLogger(__name__)
 

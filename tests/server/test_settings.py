@@ -127,7 +127,7 @@ def test_vllm_refuses_what_only_the_local_engine_knows(
         {"pipeline_parallel_size": "2"},
         {"data_parallel_size": "2"},
         {"max_site_rank": "64"},
-        {"spare_site": ["1.resid_post"]},
+        {"steer_site": ["1.resid_post"]},
         {"gpu_memory_utilization": "0.5"},
         {"enforce_eager": True},
         {"vllm_args": '{"seed": 1}'},
@@ -165,5 +165,5 @@ def test_vllms_arguments_come_as_json_or_as_a_table(
     file.write_text('engine = "vllm"\n[vllm_args]\nseed = 1\n')
     settings = load_settings({"config": str(file)})
     assert settings.vllm_args == {"seed": 1}
-    assert settings.spare_site == ["1.attn_out", "*.resid_post"]
+    assert settings.steer_site == ["1.attn_out", "*.resid_post"]
     assert load_settings({"engine": "vllm", "vllm_args": '{"seed": 2}'}).vllm_args == {"seed": 2}
