@@ -160,7 +160,7 @@ def test_vllms_arguments_come_as_json_or_as_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_vllm(monkeypatch, installed=True)
-    monkeypatch.setenv("PILOTHOUSE_SPARE_SITE", "1.attn_out *.resid_post")
+    monkeypatch.setenv("PILOTHOUSE_STEER_SITE", "1.attn_out *.resid_post")
     file = tmp_path / "pilothouse.toml"
     file.write_text('engine = "vllm"\n[vllm_args]\nseed = 1\n')
     settings = load_settings({"config": str(file)})
