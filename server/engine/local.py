@@ -36,10 +36,12 @@ from server.engine.sampling import check_sampling
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import check_batching
 from server.engine.stream import Courier, Outbox, TokenStream
-from steering.edit import Site, effective_edits
+from steering.edit import effective_edits
 from steering.models import LanguageModel
 from steering.monitor import Monitor
 from steering.plan import Steering, sites_of
+from steering.profile import Profile
+from steering.selftest import self_test
 
 logger = logging.getLogger(__name__)
 
@@ -202,17 +204,18 @@ class LocalEngine:
             self._work.notify()
         return [TokenStream(arrival.outbox) for arrival in arrivals]
 
-    def attach(self, sites: Iterable[Site]) -> None:
-        """Hook more sites, between two steps. ValueError if the model lacks one."""
-        wanted = set(sites)
-        if self._thread is None:
-            self._hooks.pin(wanted)
-        else:
-            self.call(lambda: self._hooks.pin(wanted))
+    def register(self, profile: Profile) -> None:
+        """Test the profile and hook its sites, a forward pass at a time between two steps."""
+        run = self.call if self._thread is not None else _here
+        self_test(self.lm, profile, run)
+        wanted = sites_of(profile.edits)
+        run(lambda: self._hooks.pin(wanted))
 
-    def retain(self, sites: Iterable[Site]) -> None:
-        """Unhook all but these sites and the monitor's, each when no request uses it any more."""
-        wanted = set(sites) | (set() if self.monitor is None else self.monitor.sites)
+    def retain(self, profiles: Iterable[Profile]) -> None:
+        """Unhook all sites but these profiles' and the monitor's."""
+        wanted = sites_of(edit for profile in profiles for edit in profile.edits)
+        if self.monitor is not None:
+            wanted |= self.monitor.sites
         self.call(lambda: self._hooks.keep_only(wanted))
 
     def call(self, function: Callable[[], T]) -> T:
@@ -309,6 +312,10 @@ class LocalEngine:
             if waiting is None:
                 return
             scheduler.add(waiting)
+
+
+def _here(function: Callable[[], T]) -> T:
+    return function()
 
 
 def _longest_sequence(lm: LanguageModel) -> int:
