@@ -54,8 +54,8 @@ class MissingExtraError(GrammarError):
 class Grammar:
     """Where one reply stands in its grammar: a `TokenConstraint`."""
 
-    def __init__(self, source: str, matcher: Any, vocabulary: int) -> None:
-        self.source = source
+    def __init__(self, grammar: str, matcher: Any, vocabulary: int) -> None:
+        self.grammar = grammar
         self._matcher = matcher
         self._vocabulary = vocabulary
 
@@ -77,7 +77,7 @@ class Grammar:
             raise ConstraintError(_reason(self._matcher.get_error()))
 
     def copy(self) -> Grammar:
-        return Grammar(self.source, self._matcher.deep_copy(), self._vocabulary)
+        return Grammar(self.grammar, self._matcher.deep_copy(), self._vocabulary)
 
 
 class GrammarCompiler:

@@ -110,9 +110,8 @@ class TokenConstraint(Protocol):
     """
 
     @property
-    def source(self) -> str:
-        """The grammar as text (Lark in llguidance's dialect), for engines that take grammars and
-        not constraints."""
+    def grammar(self) -> str:
+        """The whole grammar: Lark, as llguidance reads it."""
         ...
 
     def allowed(self) -> Tensor:

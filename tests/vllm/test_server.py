@@ -289,7 +289,7 @@ def profile(name: str, site: str, rank: int, seed: int = 0) -> Profile:
     edit = Edit(
         Site.parse(site),
         torch.randn(d, rank, generator=g) / d**0.5,
-        torch.randn(d, rank, generator=g) / d**0.5,
+        torch.randn(d, rank, generator=g) * 20,
         torch.zeros(d),
     )
     return Profile(name, "llm_va", edits=(edit,), base=lm.fingerprint)

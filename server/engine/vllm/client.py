@@ -112,7 +112,7 @@ class Client:
         """Start vLLM. Raises ValueError for arguments that it refuses; what else it raises, it
         raises."""
         # Forked from a process with threads, workers may hang.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             args = AsyncEngineArgs(**self._engine_args())

@@ -29,6 +29,7 @@ from server.engine.base import (
     EngineToken,
     PromptScores,
     PromptTooLongError,
+    RankLimitError,
     StepFailedError,
     TokenTrace,
 )
@@ -67,8 +68,7 @@ class VllmEngine:
         profiles: to be served from the start; their sites are those that can be edited.
         monitor: what to read of every prompt; without one, scores are None.
 
-    Raises ValueError for options that make no sense, RankLimitError where the profiles together
-    need more columns at a site than `max_site_rank`.
+    Raises ValueError for options that make no sense.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ class VllmEngine:
     def start(self) -> None:
         """Start vLLM's processes, load and compile, and test every profile on the result.
 
-        Raises ValueError for what vLLM cannot serve, ProfileError for a profile that it does not
-        apply.
+        Raises ValueError for what vLLM cannot serve and for profiles that together need more
+        columns at a site than `max_site_rank`, ProfileError for one that vLLM does not apply.
         """
         if self._thread is not None:
             raise RuntimeError("the engine was started already")
@@ -425,7 +425,9 @@ class _Outbox(Outbox):
 
 def _start_error(error: BaseException) -> BaseException:
     """What to tell of a start that failed: vLLM's processes say why only in their logs."""
-    if isinstance(error, ValueError | EngineError | NotImplementedError):
+    if isinstance(error, RankLimitError | NotImplementedError):
+        return ValueError(str(error))
+    if isinstance(error, ValueError):
         return error
     return ValueError(
         f"vLLM could not be started ({type(error).__name__}: {error}); see its log above"

@@ -31,7 +31,7 @@ _OWN = {
 _REFUSED = {
     "worker_cls": "the edits are applied by a worker class of this server's",
     "worker_extension_cls": "the edits are applied by a worker class of this server's",
-    "scheduler_cls": "gates over the prompt need a scheduler of this server's",
+    "scheduler_cls": "the server counts on how vLLM's own scheduler orders requests",
     "additional_config": "it tells vLLM's compile cache which edits a graph holds",
     "speculative_config": (
         "a draft model proposes tokens that no profile has edited, and the rows that check them "
@@ -48,10 +48,19 @@ _REFUSED = {
     "kv_transfer_config": "keys and values from elsewhere may be of other edits",
     "ec_transfer_config": "keys and values from elsewhere may be of other edits",
     "disable_log_stats": "the server sets it",
+    "structured_outputs_config": "grammars are llguidance's, as the server checks them",
+    "enable_dbo": "a hook cannot tell which half of a step it is in",
+    "ubatch_size": "a hook cannot tell which part of a step it is in",
+    "decode_context_parallel_size": "every worker needs all tokens of a step",
+    "prefill_context_parallel_size": "every worker needs all tokens of a step",
+    "kv_sharing_fast_prefill": "prompts would skip blocks that edit and read them",
     "data_parallel_external_lb": "one server owns all its replicas; run several behind a balancer",
     "data_parallel_hybrid_lb": "one server owns all its replicas; run several behind a balancer",
 }
 """Engine arguments that would break steering, and why."""
+
+_OFF = (None, False, 0, 1, "raw_logprobs")
+"""Values with which they would not; True, which equals 1, is checked apart."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,15 @@ class VllmOptions:
             raise ValueError(f"--enforce-eager rules out the compilation mode {self.compilation}")
         for name, reason in _REFUSED.items():
             # Off is off: only what would take effect is refused.
-            if self.engine_args.get(name) not in (None, False):
+            if (value := self.engine_args.get(name)) is True or value not in _OFF:
                 raise ValueError(f"the vLLM argument {name} cannot be used here: {reason}")
+        passes = self.compilation_config.get("pass_config") or {}
+        for name in ("enable_sp", "fuse_gemm_comms"):
+            if passes.get(name):
+                raise ValueError(
+                    f"vLLM's pass {name} divides a step's tokens among the workers, and every "
+                    "worker needs all tokens of a step"
+                )
         given, unsplit = self.engine_args.get("max_num_batched_tokens"), self.max_unsplit_prompt
         if given is not None and unsplit is not None and given < unsplit + self.max_num_seqs:
             raise ValueError(

@@ -42,7 +42,7 @@ def sampling_params(
         output_kind=RequestOutputKind.DELTA,
         structured_outputs=None
         if constraint is None
-        else StructuredOutputsParams(grammar=constraint.source),
+        else StructuredOutputsParams(grammar=constraint.grammar),
         extra_args={ARGUMENT: steering.to_json()},
     )
 
