@@ -14,7 +14,6 @@ import torch
 from server.engine.base import (
     DeadlineExceededError,
     Engine,
-    EngineRequest,
     QueueFullError,
     RankLimitError,
 )
@@ -302,8 +301,9 @@ def test_registering_stays_within_the_columns_there_are(
 def test_a_profile_that_breaks_the_model_is_not_registered(
     engine: VllmEngine, lm: LanguageModel
 ) -> None:
-    broken = Edit(SPARE, torch.zeros(64, 0), torch.zeros(64, 0), torch.full((64,), 3e38))
-    with pytest.raises(ProfileError, match="finite"):
+    huge = torch.full((64, 1), 1e25)
+    broken = Edit(SPARE, huge, huge, torch.zeros(64))
+    with pytest.raises(ProfileError, match="fails its self-test"):
         engine.register(Profile("broken", IMPORTED, (broken,), lm.fingerprint))
     with pytest.raises(ValueError, match="not registered"):
         reply(engine, [AppliedEdit(broken)])
@@ -334,6 +334,6 @@ def test_a_deleted_profile_stays_for_those_it_is_answering(
 
 
 def test_an_unregistered_edit_is_refused(engine: VllmEngine) -> None:
-    request = EngineRequest("x", (1, 2), edits=(AppliedEdit(random_edit("0.attn_out")),))
+    request = ask(prompt_of(2), [AppliedEdit(random_edit("0.attn_out"))])
     with pytest.raises(ValueError, match="not registered"):
         engine.check(request)

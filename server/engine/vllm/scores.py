@@ -39,6 +39,10 @@ class Sender:
         with self._lock:
             self._socket.send_multipart([self._word, json.dumps(reports).encode()])
 
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close()
+
 
 class Receiver:
     """The server's end, on an event loop.
