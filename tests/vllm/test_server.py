@@ -45,7 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     config.write_text(CONFIG.format(folder=folder / "journal"))
     served = Server(
         "--engine", "vllm", "--config", config, "--max-num-seqs", 16, "--max-site-rank", 12,
-        "--steer-site", "3.mlp_out",
+        "--steer-site", "2.resid_post",
     )  # fmt: skip
     try:
         yield served
@@ -289,7 +289,7 @@ def profile(name: str, site: str, rank: int, seed: int = 0) -> Profile:
     edit = Edit(
         Site.parse(site),
         torch.randn(d, rank, generator=g) / d**0.5,
-        torch.randn(d, rank, generator=g) * 20,
+        torch.randn(d, rank, generator=g) * 4,
         torch.zeros(d),
     )
     return Profile(name, "llm_va", edits=(edit,), base=lm.fingerprint)
@@ -304,7 +304,7 @@ def test_profiles_come_and_go_within_the_rank_and_beyond_it_is_a_conflict(
     server: Server, local: Server, tmp_path: Path
 ) -> None:
     [text] = some_prompts(1)[:1]
-    new = profile("new", "3.mlp_out", 8)
+    new = profile("new", "2.resid_post", 8)
     for one in (server, local):
         created = upload(one, new, tmp_path)
         assert created.status_code == 201, created.text
@@ -313,13 +313,13 @@ def test_profiles_come_and_go_within_the_rank_and_beyond_it_is_a_conflict(
     assert found.choices[0].message.content != ask(server, text).choices[0].message.content
     assert found.steering["fingerprint"] == new.fingerprint
 
-    beyond = upload(server, profile("beyond", "3.mlp_out", 5), tmp_path)
+    beyond = upload(server, profile("beyond", "2.resid_post", 5), tmp_path)
     assert beyond.status_code == 409, beyond.text
     assert beyond.json()["error"]["code"] == "rank_limit"
     assert "--max-site-rank" in beyond.json()["error"]["message"]
-    elsewhere = upload(server, profile("elsewhere", "9.mlp_out", 1), tmp_path)
+    elsewhere = upload(server, profile("elsewhere", "2.resid_pre", 1), tmp_path)
     assert elsewhere.status_code == 409
-    assert "--steer-site 9.mlp_out" in elsewhere.json()["error"]["message"]
+    assert "--steer-site 2.resid_pre" in elsewhere.json()["error"]["message"]
     for name in ("beyond", "elsewhere"):
         with pytest.raises(openai.NotFoundError):
             ask(server, text, name)
@@ -329,7 +329,7 @@ def test_profiles_come_and_go_within_the_rank_and_beyond_it_is_a_conflict(
     assert server.client.delete(f"{server.address}{PROFILES}/new", cast_to=object) is not None
     with pytest.raises(openai.NotFoundError):
         ask(server, text, "new")
-    assert upload(server, profile("beyond", "3.mlp_out", 5), tmp_path).status_code == 201
-    assert upload(server, profile("later", "3.mlp_out", 7, seed=3), tmp_path).status_code == 201
+    assert upload(server, profile("beyond", "2.resid_post", 5), tmp_path).status_code == 201
+    assert upload(server, profile("later", "2.resid_post", 7, seed=3), tmp_path).status_code == 201
     texts = [ask(server, text, name).choices[0].message.content for name in ("beyond", "later")]
     assert len({*texts, found.choices[0].message.content}) == 3
