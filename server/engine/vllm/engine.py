@@ -268,10 +268,11 @@ class VllmEngine:
             task = asyncio.get_running_loop().create_task(self._serve(arrival))
             arrival.task = task
             self._running[task] = arrival.request.client
-            task.add_done_callback(self._done)
+            task.add_done_callback(partial(self._done, arrival))
 
-    def _done(self, task: asyncio.Task[None]) -> None:
+    def _done(self, arrival: _Arrival, task: asyncio.Task[None]) -> None:
         del self._running[task]
+        self._end(arrival)  # a task that is cancelled before its first step ends nothing itself
         self._admit()
 
     def _leave(self, arrival: _Arrival) -> None:
