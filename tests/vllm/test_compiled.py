@@ -293,7 +293,7 @@ def test_registering_stays_within_the_columns_there_are(
 ) -> None:
     wide = random_edit(str(SPARE), 40)
     elsewhere = random_edit("2.attn_out", 1)
-    for edit, flag in ((wide, "--max-site-rank"), (elsewhere, "--spare-site 2.attn_out")):
+    for edit, flag in ((wide, "--max-site-rank"), (elsewhere, "--steer-site 2.attn_out")):
         with pytest.raises(RankLimitError, match=flag):
             engine.register(Profile("new", IMPORTED, (edit,), lm.fingerprint))
 

@@ -132,7 +132,7 @@ class Columns:
             if not places.gate_numbers:
                 raise RankLimitError(
                     f"there is no room for another gate at {gate.site}; start the server with this "
-                    f"profile, or with --spare-site {gate.site}"
+                    f"profile, or with --steer-site {gate.site}"
                 )
             [column] = self._take(gate.site, 1)
             index = min(places.gate_numbers)
@@ -158,7 +158,7 @@ class Columns:
         except KeyError:
             raise RankLimitError(
                 f"vLLM was started without columns at {site}; start the server with this profile, "
-                f"or with --spare-site {site}"
+                f"or with --steer-site {site}"
             ) from None
 
     def _take(self, site: Site, width: int) -> tuple[int, ...]:

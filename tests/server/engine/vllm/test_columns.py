@@ -82,7 +82,7 @@ def test_equal_gates_share_a_column_where_they_are_read() -> None:
 def test_sites_without_columns_name_the_flag() -> None:
     columns = Columns(make_layout(A))
     elsewhere = random_edit("3.mlp_out")
-    with pytest.raises(RankLimitError, match=r"--spare-site 3\.mlp_out"):
+    with pytest.raises(RankLimitError, match=r"--steer-site 3\.mlp_out"):
         columns.place([elsewhere])
     gated = random_edit("1.resid_post", gate=random_gate("1.resid_post"))
     with pytest.raises(RankLimitError, match="gate"):
