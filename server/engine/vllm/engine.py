@@ -107,7 +107,9 @@ class VllmEngine:
         self._columns = Columns(self.layout)
         self._reads = Reads(monitor)
         self._vocabulary = lm.model.get_input_embeddings().num_embeddings
-        self._client = Client(self.options, self.layout, monitor, lm.eos_token_ids)
+        # Some tokenizers have one that the model has no logit for.
+        ends = [token for token in lm.eos_token_ids if token < self._vocabulary]
+        self._client = Client(self.options, self.layout, monitor, ends)
 
         # Shared between threads, under this lock: the queue, the columns and the state.
         self._lock = threading.Lock()
