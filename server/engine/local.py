@@ -23,16 +23,15 @@ from server.engine.base import (
     EngineStats,
     EngineStoppedError,
     EngineToken,
-    PromptTooLongError,
 )
 from server.engine.cache import SlotCache, available_memory, check_memory, layer_shapes
 from server.engine.hooks import Hooks
+from server.engine.limits import RequestLimits
 from server.engine.masks import MaskBuilder
 from server.engine.prefix import blocks_within
 from server.engine.queue import FairQueue
 from server.engine.rows import Waiting
 from server.engine.runner import Runner
-from server.engine.sampling import check_sampling
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import check_batching
 from server.engine.stream import Courier, Outbox, TokenStream
@@ -104,7 +103,11 @@ class LocalEngine:
         self._steering = steering or Steering(lm.sites)
         self._owns_steering = steering is None
         self._hooks = Hooks(self._steering)
-        self._vocabulary = lm.model.get_input_embeddings().num_embeddings
+        self._limits = RequestLimits(
+            self._max_model_len,
+            self.max_unsplit_prompt,
+            lm.model.get_input_embeddings().num_embeddings,
+        )
 
         # Shared between threads, under this lock: the queue, the calls and the state.
         self._work = threading.Condition()
@@ -159,23 +162,8 @@ class LocalEngine:
         self._thread.start()
 
     def check(self, request: EngineRequest) -> None:
-        prompt, asked = len(request.prompt_ids), request.sampling.max_tokens
-        if prompt < 1:
-            raise ValueError("the prompt is empty")
-        check_sampling(request.sampling, self._vocabulary)
-        if prompt + asked > self._max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {prompt} tokens and {asked} more were asked for; this server "
-                f"takes {self._max_model_len} together (--max-model-len)"
-            )
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocabulary:
-            raise ValueError(f"token ids must be between 0 and {self._vocabulary - 1}")
+        self._limits.check(request)
         edits = [applied.edit for applied in effective_edits(request.edits)]
-        if any(edit.needs_whole_prompt for edit in edits) and prompt > self.max_unsplit_prompt:
-            raise PromptTooLongError(
-                f"this profile's gate reads the whole prompt at once, and {prompt} tokens are more "
-                f"than {self.max_unsplit_prompt} (--max-unsplit-prompt)"
-            )
         for edit in edits:
             if edit.dimension != self.lm.sites.hidden_size:
                 raise ValueError(

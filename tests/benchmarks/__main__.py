@@ -1,4 +1,4 @@
-"""All benchmarks that can run here, or those named: `python -m tests.benchmarks [engine] [--quick]`.
+"""All benchmarks that can run here, or those named: `python -m tests.benchmarks engine --quick`.
 
 `make bench-vllm` runs the one that needs vLLM, in its environment.
 """

@@ -23,9 +23,12 @@ with warnings.catch_warnings():
 _MATRIX = "takes minutes; run it with -m matrix"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # vLLM's warnings, and what it leaves open when it is killed, are its own.
+    config.addinivalue_line("filterwarnings", "ignore")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        # vLLM's warnings are its own.
-        item.add_marker(pytest.mark.filterwarnings("ignore"))
         if item.get_closest_marker("matrix") and "matrix" not in config.getoption("markexpr"):
             item.add_marker(pytest.mark.skip(reason=_MATRIX))

@@ -22,6 +22,7 @@ from server.engine.base import (
     MAX_TOP_LOGPROBS,
     EngineRequest,
     EngineStoppedError,
+    Sampling,
     StepFailedError,
 )
 from server.engine.vllm.columns import PlacedEdit
@@ -239,23 +240,23 @@ class Client:
                 with contextlib.suppress(asyncio.CancelledError):
                     await first
 
-    async def read_prompt(self, prompt_ids: tuple[int, ...], deadline: float) -> dict[str, float]:
-        """What an unedited pass over a prompt shows."""
-        request = EngineRequest("", prompt_ids, deadline=deadline)
-        request = replace(
-            request, sampling=replace(request.sampling, max_tokens=1, temperature=0.0)
-        )
+    async def read_prompt(self, request: EngineRequest) -> dict[str, float]:
+        """What an unedited pass over a request's prompt shows."""
+        sampling = Sampling(temperature=0.0, max_tokens=1)
+        request = replace(request, sampling=sampling, edits=(), constraint=None)
         async with self.run(request, Ask(), report=True) as (outputs, readings):
             async for _ in outputs:
                 pass
             return await readings.of(0)
 
     def close(self) -> None:
-        if self._llm is not None:
-            self._llm.shutdown()
-            self._llm = None
-        if self._receiver is not None:
-            self._receiver.close()
+        llm, self._llm = self._llm, None
+        try:
+            if llm is not None:
+                llm.shutdown()
+        finally:
+            if self._receiver is not None:
+                self._receiver.close()
 
 
 def _prompt(request: EngineRequest, ask: Ask) -> dict[str, Any]:

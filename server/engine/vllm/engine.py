@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -27,23 +29,18 @@ from server.engine.base import (
     EngineStats,
     EngineStoppedError,
     EngineToken,
-    PromptScores,
-    PromptTooLongError,
     RankLimitError,
     StepFailedError,
-    TokenTrace,
 )
+from server.engine.limits import RequestLimits
 from server.engine.queue import FairQueue
 from server.engine.rows import Waiting
-from server.engine.sampling import check_sampling
 from server.engine.stream import Courier, Outbox, TokenStream
 from server.engine.vllm.client import Ask, Client
 from server.engine.vllm.columns import Columns
 from server.engine.vllm.layout import plan_layout
 from server.engine.vllm.options import VllmOptions
-from server.engine.vllm.readings import Readings
-from server.engine.vllm.reads import Reads
-from server.engine.vllm.sampling import tokens_of
+from server.engine.vllm.replies import Replies
 from server.engine.vllm.selftest import check_profile
 from steering.edit import AppliedEdit, Edit, effective_edits
 from steering.models import LanguageModel
@@ -57,6 +54,8 @@ T = TypeVar("T")
 _HEARTBEAT = 0.1
 """Seconds between looks at deadlines of requests that wait, and at whether vLLM lives."""
 _UNSPLIT = 2048
+_TOO_LATE = "its time was up"
+_STOPPED = "the engine stopped before this request was done"
 
 
 class VllmEngine:
@@ -86,12 +85,8 @@ class VllmEngine:
                 f"--max-model-len must be between 2 and {limit} for {lm.name}; got "
                 f"{options.max_model_len}"
             )
-        self.max_unsplit_prompt = options.max_unsplit_prompt or min(self._max_model_len, _UNSPLIT)
-        self.options = replace(
-            options,
-            max_model_len=self._max_model_len,
-            max_unsplit_prompt=self.max_unsplit_prompt,
-        )
+        unsplit = options.max_unsplit_prompt or min(self._max_model_len, _UNSPLIT)
+        options = replace(options, max_model_len=self._max_model_len, max_unsplit_prompt=unsplit)
         self.lm = lm
         self.monitor = monitor
         self.profiles = [profile for profile in profiles if profile.edits]
@@ -105,11 +100,12 @@ class VllmEngine:
             max_num_seqs=options.max_num_seqs,
         )
         self._columns = Columns(self.layout)
-        self._reads = Reads(monitor)
-        self._vocabulary = lm.model.get_input_embeddings().num_embeddings
-        # Some tokenizers have one that the model has no logit for.
-        ends = [token for token in lm.eos_token_ids if token < self._vocabulary]
-        self._client = Client(self.options, self.layout, monitor, ends)
+        vocabulary = lm.model.get_input_embeddings().num_embeddings
+        self._limits = RequestLimits(self._max_model_len, unsplit, vocabulary)
+        # Some tokenizers have an end token that the model has no logit for.
+        ends = [token for token in lm.eos_token_ids if token < vocabulary]
+        self._client = Client(options, self.layout, monitor, ends)
+        self._replies = Replies(self._client, monitor)
 
         # Shared between threads, under this lock: the queue, the columns and the state.
         self._lock = threading.Lock()
@@ -121,6 +117,7 @@ class VllmEngine:
         # The engine thread's own.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._courier = Courier()
+        self._flushing = False
         self._running: dict[asyncio.Task[None], str] = {}
         """By the client each one is for."""
         self._stop: asyncio.Event | None = None
@@ -156,23 +153,7 @@ class VllmEngine:
             self._columns.keep_only(edits)
 
     def check(self, request: EngineRequest) -> None:
-        prompt, asked = len(request.prompt_ids), request.sampling.max_tokens
-        if prompt < 1:
-            raise ValueError("the prompt is empty")
-        check_sampling(request.sampling, self._vocabulary)
-        if prompt + asked > self._max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {prompt} tokens and {asked} more were asked for; this server "
-                f"takes {self._max_model_len} together (--max-model-len)"
-            )
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocabulary:
-            raise ValueError(f"token ids must be between 0 and {self._vocabulary - 1}")
-        edits = [applied.edit for applied in effective_edits(request.edits)]
-        if any(edit.needs_whole_prompt for edit in edits) and prompt > self.max_unsplit_prompt:
-            raise PromptTooLongError(
-                f"this profile's gate reads the whole prompt at once, and {prompt} tokens are more "
-                f"than {self.max_unsplit_prompt} (--max-unsplit-prompt)"
-            )
+        self._limits.check(request)
         with self._lock:
             self._ask(request.edits)
 
@@ -188,12 +169,19 @@ class VllmEngine:
         for request in requests:
             self.check(request)
         loop = asyncio.get_running_loop()
-        arrivals = [Waiting(request, _Outbox(loop)) for request in requests]
         with self._lock:
             if not self.healthy():
                 raise EngineStoppedError("the engine is not running")
             assert self._loop is not None
+            arrivals = [
+                _Arrival(request, _Outbox(loop, self._loop), ask=self._ask(request.edits))
+                for request in requests
+            ]
             self._waiting.put(*arrivals)
+            for arrival in arrivals:
+                # From now on, so that no deletion comes in between.
+                self._columns.use(arrival.ask.placed)
+                arrival.outbox.on_leaving = partial(self._leave, arrival)
             self._loop.call_soon_threadsafe(self._admit)
         return [TokenStream(arrival.outbox) for arrival in arrivals]
 
@@ -220,7 +208,10 @@ class VllmEngine:
         if not self.healthy():
             raise EngineStoppedError("the engine is not running")
         assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(make(), self._loop).result()
+        try:
+            return asyncio.run_coroutine_threadsafe(make(), self._loop).result()
+        except CancelledError:  # the loop has ended
+            raise EngineStoppedError(_STOPPED) from None
 
     # The engine's thread.
 
@@ -252,39 +243,64 @@ class VllmEngine:
         with self._lock:
             self._stopped = True
             waiting = self._waiting.drain()
-        stopped = EngineStoppedError("the engine stopped before this request was done")
         for one in waiting:
-            self._courier.put(one.outbox, stopped)
-        self._courier.deliver()
+            self._end(one, EngineStoppedError(_STOPPED))
         tasks = list(self._running)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._flush()
         self._client.close()
 
     def _refuse_late(self) -> None:
         with self._lock:
             late = self._waiting.take_late()
         for one in late:
-            self._courier.put(one.outbox, DeadlineExceededError("its time was up"))
-        self._courier.deliver()
+            self._end(one, DeadlineExceededError(_TOO_LATE))
 
     def _admit(self) -> None:
         self._refuse_late()
         while len(self._running) < self.capacity and not self._stopped:
             with self._lock:
-                waiting = self._waiting.pop(Counter(self._running.values()))
-            if waiting is None:
+                arrival = self._waiting.pop(Counter(self._running.values()))
+            if arrival is None:
                 return
-            task = asyncio.get_running_loop().create_task(self._serve(waiting))
-            self._running[task] = waiting.request.client
+            assert isinstance(arrival, _Arrival)
+            task = asyncio.get_running_loop().create_task(self._serve(arrival))
+            arrival.task = task
+            self._running[task] = arrival.request.client
             task.add_done_callback(self._done)
-            assert isinstance(waiting.outbox, _Outbox)
-            waiting.outbox.attend(asyncio.get_running_loop(), task)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
         self._admit()
+
+    def _leave(self, arrival: _Arrival) -> None:
+        """The client has gone."""
+        if arrival.task is not None:
+            arrival.task.cancel()
+        else:
+            self._end(arrival)
+
+    def _end(self, arrival: Waiting, error: EngineError | None = None) -> None:
+        """The last of a request: its edits are not its any more. May be called twice."""
+        assert isinstance(arrival, _Arrival)
+        with self._lock:
+            placed, arrival.ask = arrival.ask.placed, Ask()
+            self._columns.release(placed)
+        if error is not None:
+            self._put(arrival, error)
+
+    def _put(self, arrival: _Arrival, item: EngineToken | EngineError) -> None:
+        """Hand something to a client, together with what others get in this turn of the loop."""
+        self._courier.put(arrival.outbox, item)
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._courier.deliver()
 
     async def _register(self, profile: Profile) -> None:
         assert self._registering is not None
@@ -317,100 +333,55 @@ class VllmEngine:
             raise ValueError(f"the edit at {edit.site} is not registered with this engine")
         return placed
 
-    async def _serve(self, waiting: Waiting) -> None:
+    async def _serve(self, arrival: _Arrival) -> None:
         """One request from admission to its end; what it raises goes to the client."""
-        request = waiting.request
+        request = arrival.request
+        error: EngineError | None = None
         try:
-            with self._lock:
-                ask = self._ask(request.edits)
-                self._columns.use(ask.placed)
-            try:
-                timeout = request.deadline - time.monotonic()
-                async with asyncio.timeout(None if timeout == float("inf") else timeout):
-                    async for token in self._tokens(waiting, ask):
-                        self._courier.put(waiting.outbox, token)
-                        self._courier.deliver()
-            finally:
-                with self._lock:
-                    self._columns.release(ask.placed)
+            seconds = request.deadline - time.monotonic()
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                queued = time.monotonic() - arrival.since
+                async for token in self._replies.tokens(request, arrival.ask, queued):
+                    self._put(arrival, token)
         except TimeoutError:
-            self._fail(waiting, DeadlineExceededError("its time was up"))
+            error = DeadlineExceededError(_TOO_LATE)
         except asyncio.CancelledError:
-            if self._stopped:
-                self._fail(
-                    waiting, EngineStoppedError("the engine stopped before this request was done")
-                )
+            error = EngineStoppedError(_STOPPED) if self._stopped else None
         except EngineDeadError:
-            self._fail(waiting, EngineStoppedError("vLLM has stopped"))
-        except EngineError as error:
-            self._fail(waiting, error)
-        except Exception as error:
+            error = EngineStoppedError(_STOPPED)
+        except EngineError as raised:
+            error = raised
+        except Exception as raised:
             logger.exception("a request failed")
-            self._fail(waiting, StepFailedError(f"{type(error).__name__}: {error}"))
-
-    def _fail(self, waiting: Waiting, error: EngineError) -> None:
-        self._courier.put(waiting.outbox, error)
-        self._courier.deliver()
-
-    async def _tokens(self, waiting: Waiting, ask: Ask) -> AsyncIterator[EngineToken]:
-        request, reads = waiting.request, self._reads
-        queued = time.monotonic() - waiting.since
-        raw = None
-        if reads.needs_raw_pass(request):
-            raw = asyncio.create_task(
-                self._client.read_prompt(request.prompt_ids, request.deadline)
-            )
-        report = self.monitor is not None or ask.latches
-        try:
-            async with self._client.run(request, ask, report=report, trace=request.trace) as (
-                outputs,
-                readings,
-            ):
-                number = 0
-                async for output in outputs:
-                    for token in tokens_of(output.outputs[0], request.sampling.top_logprobs):
-                        if number == 0:
-                            scores, trace = await self._first(request, ask, readings, raw, report)
-                            token = replace(
-                                token,
-                                scores=scores,
-                                trace=trace,
-                                queue_seconds=queued,
-                                cached_tokens=output.num_cached_tokens or 0,
-                            )
-                        elif request.trace:
-                            trace = reads.trace(request, await readings.of(number))
-                            token = replace(token, trace=trace)
-                        yield token
-                        number += 1
+            error = StepFailedError(f"{type(raised).__name__}: {raised}")
         finally:
-            if raw is not None and not raw.done():
-                raw.cancel()
+            self._end(arrival, error)
 
-    async def _first(
-        self,
-        request: EngineRequest,
-        ask: Ask,
-        readings: Readings,
-        raw: asyncio.Task[dict[str, float]] | None,
-        report: bool,
-    ) -> tuple[PromptScores, TokenTrace | None]:
-        """What comes with the first token."""
-        read = await readings.of(0) if report or request.trace else {}
-        scores = self._reads.scores(request, ask, read, {} if raw is None else await raw)
-        return scores, self._reads.trace(request, read) if request.trace else None
+
+@dataclass(eq=False)
+class _Arrival(Waiting):
+    """A submitted request, its edits and, once it runs, its task."""
+
+    outbox: _Outbox
+    ask: Ask = field(default_factory=Ask)
+    task: asyncio.Task[None] | None = None
 
 
 class _Outbox(Outbox):
-    """An outbox whose client's leaving ends the task that fills it, at once."""
+    """An outbox whose client's leaving is heard at once.
+
+    Args:
+        engine_loop: where `on_leaving` is called.
+    """
 
     _cancelled = False
-    _attending: tuple[asyncio.AbstractEventLoop, asyncio.Task[None]] | None = None
+    on_leaving: Callable[[], None] | None = None
 
-    def attend(self, loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-        self._attending = loop, task
-        if self._cancelled:
-            task.cancel()
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, engine_loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(loop)
+        self._engine_loop = engine_loop
 
     @property
     def cancelled(self) -> bool:
@@ -419,10 +390,9 @@ class _Outbox(Outbox):
     @cancelled.setter
     def cancelled(self, value: bool) -> None:
         self._cancelled = value
-        if value and self._attending is not None:
-            loop, task = self._attending
+        if value and self.on_leaving is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(task.cancel)
+                self._engine_loop.call_soon_threadsafe(self.on_leaving)
 
 
 def _start_error(error: BaseException) -> BaseException:

@@ -1,13 +1,11 @@
-"""Which row of coefficients holds what a request asks for.
-
-A *recipe* is the edits of a request with their strengths and phases. Requests with the same one
-share its three slots: for the first token, for the rest of the prompt, and for the reply.
-"""
+"""Which row of coefficients holds what a request asks for."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,8 +13,15 @@ from torch import Tensor
 from server.engine.vllm.columns import PlacedEdit
 from server.engine.vllm.wire import AskedEdit
 
-Recipe = tuple[AskedEdit, ...]
 FIRST, PROMPT, REPLY = range(3)
+"""A recipe's slots: for a request's first token, the rest of its prompt, and its reply."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """The edits of requests with their strengths and phases; there is one of a kind."""
+
+    edits: tuple[AskedEdit, ...]
 
 
 class Recipes:
@@ -30,12 +35,17 @@ class Recipes:
     def __init__(self, table: Tensor, places: Mapping[str, int]) -> None:
         self._table = table
         self._places = places
+        self._known: WeakValueDictionary[tuple[AskedEdit, ...], Recipe] = WeakValueDictionary()
         self._slots: OrderedDict[Recipe, int] = OrderedDict()
         """The first slot of each, the one used last at the end."""
         self._free = list(range(1, table.shape[1] - 2, 3))
 
+    def recipe(self, edits: tuple[AskedEdit, ...]) -> Recipe | None:
+        """The recipe of these edits, None of none."""
+        return self._known.setdefault(edits, Recipe(edits)) if edits else None
+
     def slot(
-        self, recipe: Recipe, placed: Mapping[int, PlacedEdit], in_use: Collection[Recipe]
+        self, recipe: Recipe, placed: Mapping[int, PlacedEdit], in_use: Collection[Recipe | None]
     ) -> int:
         """The first of the recipe's slots, filled. `in_use` are those that this step needs.
 
@@ -44,7 +54,7 @@ class Recipes:
         if (known := self._slots.get(recipe)) is not None:
             self._slots.move_to_end(recipe)
             return known
-        rows = self._coefficients(recipe, placed)
+        rows = self._coefficients(recipe.edits, placed)
         if not self._free:
             oldest = next(known for known in self._slots if known not in in_use)
             self._free.append(self._slots.pop(oldest))

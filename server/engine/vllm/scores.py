@@ -33,6 +33,7 @@ class Sender:
         self._lock = threading.Lock()
         self._socket: Any = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.setsockopt(zmq.LINGER, 0)  # a worker's end waits for nobody
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # nor does a step, however busy the server is
         self._socket.connect(address)
 
     def __call__(self, reports: list[Report]) -> None:

@@ -42,15 +42,12 @@ class _Row:
 
     steering: RowSteering
     prompt_length: int
+    recipe: Recipe | None
     latches: bool
     latch: int = 0
     """Its row in the buffers of latched gates, 0 for none."""
     latched: bool = False
     failed: bool = False
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.steering.edits
 
 
 @dataclass
@@ -120,8 +117,8 @@ class Steerer:
         self._gates: dict[tuple[str, int], object] = {}
         self._rows: dict[str, _Row] = {}
         self._free_latches = list(range(1, layout.rows))
-        self._filled = 0
-        """Tokens from 0 on whose inputs may not be zero."""
+        self._filled = [0] * len(self._per_token())
+        """Of each input, the tokens from 0 on that may not be zero."""
         self._watching = False
         self._step: _Step | None = None
         self._later = ThreadPoolExecutor(1, thread_name_prefix="reports")
@@ -202,7 +199,8 @@ class Steerer:
             if asked is not None and request_id not in self._rows:
                 steering = RowSteering.from_json(asked)
                 latches = any(self._latches(edit) for edit in steering.edits)
-                self._rows[request_id] = _Row(steering, prompt_length, latches)
+                recipe = self._recipes.recipe(steering.edits)
+                self._rows[request_id] = _Row(steering, prompt_length, recipe, latches)
 
     def _latches(self, asked: AskedEdit) -> bool:
         placed = self._placed.get(asked.number)
@@ -212,11 +210,13 @@ class Steerer:
     def clear(self) -> None:
         """No token of the next step is anybody's (a dummy run)."""
         self._step = None
-        if self._filled:
-            for buffer in self._per_token():
-                buffer[: self._filled] = 0
+        if any(self._filled):
+            for buffer, filled in zip(self._per_token(), self._filled, strict=True):
+                buffer[:filled] = 0
+            self._filled = [0] * len(self._filled)
+        if self._watching:
             self.inputs.watch.zero_()
-            self._filled = 0
+            self._watching = False
 
     def _per_token(self) -> tuple[Tensor, ...]:
         inputs = self.inputs
@@ -237,7 +237,7 @@ class Steerer:
         if not any(rows):
             self.clear()
             return
-        total = max(int(sum(counts)), self._filled)
+        total = max(int(sum(counts)), *self._filled)
         slot, latch = (np.zeros(total, np.int64) for _ in range(2))
         last, mean, forced = (np.zeros(total, np.float32) for _ in range(3))
         watch: list[int] = []
@@ -249,7 +249,7 @@ class Steerer:
             end = at + count
             if row is not None:
                 length = row.prompt_length
-                if row.recipe and not row.failed:
+                if row.recipe is not None and not row.failed:
                     try:
                         base = self._recipes.slot(row.recipe, self._placed, in_use)
                     except KeyError as error:
@@ -280,9 +280,11 @@ class Steerer:
                     step.reads.append(_Read(row, index, end - 1, start + count - length))
             at = end
         inputs: list[np.ndarray[Any, Any]] = [slot, latch, last, mean, forced]
-        for buffer, values in zip(self._per_token(), inputs, strict=True):
-            if values.any() or self._filled:
+        for i, (buffer, values) in enumerate(zip(self._per_token(), inputs, strict=True)):
+            filled = at if values.any() else 0
+            if filled or self._filled[i]:
                 buffer[:total] = self._on_device(values)
+            self._filled[i] = filled
         if watch or self._watching:
             # All of them: what is left from a longer step would be out of this one's range.
             watched = np.array(watch + [0] * (WATCHED - len(watch)))
@@ -291,7 +293,6 @@ class Steerer:
         if watch:
             for program in self.programs.values():
                 program.watched.fill_(torch.nan)  # what a graph without the hook leaves there
-        self._filled = at
         self._step = step
 
     def _on_device(self, values: np.ndarray[Any, Any]) -> Tensor:
@@ -390,7 +391,7 @@ class Steerer:
         row, problems = check.row, []
         edits = [
             AppliedEdit(self._placed[asked.number].edit.in_phase(asked.phase), asked.strength)
-            for asked in row.recipe
+            for asked in row.steering.edits
         ]
         positions = torch.tensor(check.positions)
         for site, program in self.programs.items():
