@@ -227,7 +227,7 @@ def _register(host: Host, engine: Engine, read: Callable[[], Profile], caller: C
         raise _unsound(error, None) from error
     except RankLimitError as error:
         raise ConflictError(
-            f"There is no room for this profile: {error}. Remove another one first.",
+            f"There is no room for this profile: {error}.",
             code="rank_limit",
         ) from error
     store.add(profile)

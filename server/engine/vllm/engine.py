@@ -100,10 +100,11 @@ class VllmEngine:
             max_num_seqs=options.max_num_seqs,
         )
         self._columns = Columns(self.layout)
-        self._limits = RequestLimits(
-            self._max_model_len, unsplit, lm.model.get_input_embeddings().num_embeddings
-        )
-        self._client = Client(options, self.layout, monitor, lm.eos_token_ids)
+        vocabulary = lm.model.get_input_embeddings().num_embeddings
+        self._limits = RequestLimits(self._max_model_len, unsplit, vocabulary)
+        # Some tokenizers have an end token that the model has no logit for.
+        ends = [token for token in lm.eos_token_ids if token < vocabulary]
+        self._client = Client(options, self.layout, monitor, ends)
         self._replies = Replies(self._client, monitor)
 
         # Shared between threads, under this lock: the queue, the columns and the state.
