@@ -108,7 +108,7 @@ class Answers:
         unsticky: exposures whose request was its own unit.
         pairs: of exposures that shadows belong to, the answers by arm.
         stops: when arms were stopped, seconds since 1970.
-        crossed: units seen in two arms although no arm of theirs was stopped: a bug.
+        crossed: units seen in two arms: a bug.
         counts: records left out, by reason.
     """
 
@@ -197,8 +197,6 @@ def select(
             unsticky.append(record)
         elif home.setdefault(record.unit, record.arm) == record.arm:
             exposures.append(record)
-        elif stops.get(home[record.unit], math.inf) <= _arrival(record):
-            counts["answers after their unit's arm was stopped"] += 1
         else:
             counts["answers of units seen in another arm before"] += 1
             crossed[record.unit] = None
@@ -256,8 +254,9 @@ def compared_in_pairs(
 def sample_ratio_p(answers: Answers) -> float:
     """Anytime-valid p-value of "units are spread over the arms as the weights say".
 
-    Counted are units when they first come. When an arm is stopped, its share goes to control and a
-    new test begins, whose evidence is added: the product of test martingales is one.
+    Counted are units when they first come. Units of an arm that was stopped are exposed to nothing,
+    so that from then on the others share what is left, and a new test begins, whose evidence is
+    added: the product of test martingales is one.
     """
     shares = list(answers.experiment.shares)
     index, seen = answers.arms, set()
@@ -277,6 +276,7 @@ def sample_ratio_p(answers: Answers) -> float:
         if stopped == 0:  # without a control nothing is compared
             break
         if stopped > 0:
-            shares[0], shares[stopped] = shares[0] + shares[stopped], 0.0
+            shares[stopped] = 0.0
+            shares = [share / math.fsum(shares) for share in shares]
         start = time
     return math.exp(-highest)

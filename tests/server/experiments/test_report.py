@@ -96,19 +96,19 @@ def test_an_arm_that_loses_units_blocks_the_verdict() -> None:
 
 
 def test_a_stopped_arm_is_compared_as_long_as_it_ran_and_mismatches_nothing() -> None:
-    early, late = traffic([0.2, 0.35], 2000), traffic([0.9], 3000, start=2000)
-    stop = event("guard_rail", "a", START + 1999.4)
-    # Units of the stopped arm that come again meet control.
-    back = [
-        answer(5000 + i, "raw", "refusal", unit=record.unit)
-        for i, record in enumerate(record for record in early if record.arm == "a")
-    ]
-    report = make_report(experiment(), [*early, *late, *back], [stop])
+    # Its units are exposed to nothing any more; the other arms go on in their own proportion.
+    early = traffic([0.2, 0.2, 0.35], 3000)
+    late = traffic([0.9, 0.9], 3000, start=3000)
+    stop = event("guard_rail", "b", START + 2999.4)
+    report = make_report(experiment(3), [*early, *late], [stop])
     assert not report.sample_ratio.mismatch
-    assert verdicts(report) == {"a": "worse"}
-    assert report.comparisons[0].differences["refusal"].n == 2000
-    assert report.left_out == {"answers after their unit's arm was stopped": len(back)}
-    assert not any("more than one arm" in warning for warning in report.warnings)
+    assert verdicts(report) == {"a": "inconclusive", "b": "worse"}
+    a, b = (comparison.differences["refusal"].n for comparison in report.comparisons)
+    assert b < 3000 < a
+    # What is lost after the stop still shows.
+    rng = np.random.default_rng(0)
+    lossy = [record for record in late if record.arm == "raw" or rng.random() < 0.7]
+    assert make_report(experiment(3), [*early, *lossy], [stop]).sample_ratio.mismatch
 
 
 def test_a_unit_in_two_arms_is_a_bug_that_is_reported() -> None:
