@@ -160,7 +160,7 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         experiment = seen(request, name).version(version)
         if not visible(Entry(experiment), caller_of(request).sees(host.profiles)):
             raise unknown_experiment(name, "name")
-        return await asyncio.to_thread(_report(host, experiment, format))
+        return await recorder.reading.run(_report(host, experiment, format))
 
 
 def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Response]:

@@ -144,6 +144,9 @@ class Database:
                 connect_args={
                     "connect_timeout": 5,
                     "tcp_user_timeout": 20_000,
+                    "keepalives_idle": 10,
+                    "keepalives_interval": 5,
+                    "keepalives_count": 3,
                     "prepare_threshold": None,
                 },
             )

@@ -40,7 +40,7 @@ class Arm(_Definition):
     name: Name
     profile: str
     strength: Annotated[float, Field(ge=-1e4, le=1e4)] | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
 
 
 class GuardRail(_Definition):
@@ -75,7 +75,7 @@ class Experiment(_Definition):
     """
 
     name: Name
-    version: Annotated[int, Field(ge=1)] = 1
+    version: Annotated[int, Field(ge=1, lt=2**31)] = 1
     arms: Annotated[tuple[Arm, ...], Field(min_length=2, max_length=8)]
     unit: Annotated[tuple[UnitSource, ...], Field(min_length=1)] = (
         "safety_identifier",
@@ -90,7 +90,7 @@ class Experiment(_Definition):
     end: datetime | None = None
     guard_rails: tuple[GuardRail, ...] = ()
     metric: Metric = "refusal"
-    horizon: Annotated[int, Field(ge=10)] = 1000
+    horizon: Annotated[int, Field(ge=10, le=10**9)] = 1000
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     creator: str = ""

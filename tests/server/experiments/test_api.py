@@ -99,6 +99,11 @@ def test_a_changed_definition_is_the_next_version_with_records_of_its_own() -> N
         ({"arms": ARMS[:1]}, 400, "arms"),
         ({"coverage": 2}, 400, "coverage"),
         ({"unit": ["cookie"]}, 400, "unit[0]"),
+        ({"arms": [{**arm, "weight": 1e308} for arm in ARMS]}, 400, "arms[0].weight"),
+        ({"arms": [ARMS[0], {**ARMS[1], "weight": 1e-300}]}, 400, "arms[1].weight"),
+        ({"arms": [ARMS[0], {**ARMS[1], "weight": 0}]}, 400, "arms[1].weight"),
+        ({"horizon": 10**400}, 400, "horizon"),
+        ({"alpha": 0.0}, 400, "alpha"),
         ({"colour": "red"}, 400, "colour"),
     ],
 )
