@@ -22,6 +22,7 @@ from server.hosting import Host
 from server.openapi import errors
 from server.profiles import finite
 from server.responses import ArmCard, ExperimentCard, ExperimentEnded, ExperimentList
+from server.sse import ClientGoneError, unless_gone
 
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -160,7 +161,12 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         experiment = seen(request, name).version(version)
         if not visible(Entry(experiment), caller_of(request).sees(host.profiles)):
             raise unknown_experiment(name, "name")
-        return await recorder.reading.run(_report(host, experiment, format))
+        await request.body()  # so that what comes next is that the client has gone
+        made = recorder.reading.run(_report(host, experiment, format))
+        try:
+            return await unless_gone(made, request.receive)
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody reads this
 
 
 def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Response]:

@@ -157,7 +157,6 @@ def test_a_database_that_hangs_holds_up_no_answer_and_no_end(hanging: Host) -> N
         reports = [pool.submit(httpx2.get, report, timeout=60) for _ in range(40)]
         time.sleep(0.3)
         assert arm_of(address) == "treated"
-        assert not any(task.done() for task in reports), "they would have held up the answer"
         assert httpx2.get(f"{address}/health").json()["status"] == "ok"
         for task in reports:
             error = task.result().json()["error"]
