@@ -1,7 +1,8 @@
 """What an experiment has shown so far: rates, differences, verdicts; as JSON and as text.
 
-Lower counts as better for every metric: fewer refusals, fewer answers to harmful prompts, fewer
-broken replies. Whoever wants more refusals of harmful prompts tests `harmful_answer`.
+Lower counts as better: less over-refusal, fewer answers to harmful prompts, fewer broken replies.
+Refusals of all prompts are good or bad by what was asked, which the definition says (`better`). A
+verdict is on one metric; a warning names each other one by which the arm is surely worse.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from server.experiments import analysis
-from server.experiments.analysis import METRICS, SCORES, Answers, Score
+from server.experiments.analysis import LATENCIES, METRICS, SCORES, Answers, Figure, Score
 from server.experiments.correction import Corrector
 from server.experiments.definitions import Arm, Experiment, Metric
 from server.experiments.records import AnswerRecord, EventRecord
@@ -30,7 +31,12 @@ from steering.judge_set import Card
 MOST_LOOKS = 200
 """Of a confidence sequence in a report; all looks are paid for, these are drawn."""
 
-T = TypeVar("T")
+WORSE: Mapping[Metric, str] = {
+    "over_refusal": "refuses benign prompts",
+    "harmful_answer": "answers harmful prompts",
+    "degenerate": "gives degenerate or empty replies",
+}
+"""What is bad whatever was asked."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Comparison:
     """One arm less control, of different units (`exposures`) or on the same prompts (`shadows`).
 
     Args:
-        differences: of rates and scores, as the judge saw them.
+        differences: of rates and mean scores, as the judge saw them, and of mean latencies.
         corrected: of rates, where each profile has its own figures of the judge's errors.
         p: of the experiment's metric against zero, anytime-valid; `holm_p` adjusted for the arms.
         looks: at the experiment's metric, over time.
@@ -294,8 +300,10 @@ def _comparisons(
     experiment = answers.experiment
     metric, control = experiment.metric, experiment.control.name
     compare = analysis.compared_in_pairs if paired else analysis.compared
+    # Shadows wait for everybody else: their latencies say nothing.
+    figures: tuple[Figure, ...] = (*METRICS, *SCORES, *(() if paired else LATENCIES))
     found = {
-        arm.name: {what: compare(answers, what, arm.name) for what in (*METRICS, *SCORES)}
+        arm.name: {what: compare(answers, what, arm.name) for what in figures}
         for arm in experiment.arms[1:]
     }
     if paired:
@@ -316,13 +324,16 @@ def _comparisons(
             alpha=experiment.alpha,
             margin=experiment.margin,
             limits=analysis.boundary(experiment, arm, control),
+            better=experiment.better,
         )
+        if ended or {arm, control} & answers.stops.keys():  # no more will come
+            decision = dataclasses.replace(decision, more_units=None)
         # How units were spread does not matter where both arms answered the same prompts.
         if ratio.mismatch and not paired:
             why = f"units are not spread as the weights say (p = {ratio.p:.2g}): find out why"
             decision = Decision("blocked", why)
         differences: dict[str, Interval] = {
-            what: _interval(result, None if what == "refusal_score" else (-1.0, 1.0))
+            what: _interval(result, None if analysis.extremes(what) is None else (-1.0, 1.0))
             for what, (_, result) in each.items()
         }
         corrected = {} if paired else _corrected(answers, corrector, arm)
@@ -416,6 +427,8 @@ def _warnings(report: Report, answers: Answers, corrector: Corrector) -> Iterato
             f"{len(answers.unsticky)} requests said nothing of who asks: each is its own unit, may "
             "meet another arm next time, and is left out of the comparison."
         )
+    for comparison in report.comparisons:
+        yield from _trade_offs(report.experiment, comparison)
     shares = [arm.unjudged / arm.answers for arm in report.arms if arm.answers]
     if shares and max(shares) - min(shares) > 0.02:
         yield (
@@ -426,6 +439,18 @@ def _warnings(report: Report, answers: Answers, corrector: Corrector) -> Iterato
             + "): rates are of those that were."
         )
     yield from corrector.warnings
+
+
+def _trade_offs(experiment: Experiment, comparison: Comparison) -> Iterator[str]:
+    """By what an arm is surely worse, apart from what the verdict is on."""
+    for metric, says in WORSE.items():
+        found = comparison.differences[metric]
+        if metric != experiment.metric and found.low is not None and found.low > 0:
+            yield (
+                f"{comparison.arm} {says} more often than {experiment.control.name}, by "
+                f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]: the verdict is on "
+                f"{experiment.metric} alone."
+            )
 
 
 def _last(values: Floats, default: float) -> float:

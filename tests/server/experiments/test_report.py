@@ -13,7 +13,9 @@ import pytest
 
 from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.report import Report, make_report, write_page
+from steering.judge import Outcome
 from steering.judge_set import Card, Rate
+from steering.monitor import PromptClass
 from tests.server.experiments.samples import (
     JUDGE,
     START,
@@ -40,6 +42,51 @@ def test_the_verdict_is_what_the_truth_is_of(rate: float, n: int, verdict: str) 
     assert verdicts(report) == {"a": verdict}
     more = report.comparisons[0].decision.more_units
     assert (more is not None and more > 100) == (verdict == "inconclusive")
+
+
+def test_more_refusals_are_better_where_the_definition_says_so() -> None:
+    report = make_report(experiment(better="higher"), traffic([0.2, 0.3], 3000))
+    assert verdicts(report) == {"a": "better"}
+    assert "refusal, higher is better" in report.to_text()
+    with pytest.raises(ValueError, match="never better"):
+        experiment(metric="harmful_answer", better="higher")
+
+
+def test_a_verdict_hides_no_harm_done_elsewhere() -> None:
+    """Arm `a` refuses fewer prompts of every kind: better, and worse."""
+    rng, records = np.random.default_rng(0), []
+    for i in range(3000):
+        arm, harmful = ("raw", "a")[int(rng.integers(2))], rng.random() < 0.5
+        refuses = rng.random() < (0.9 if harmful else 0.2) - (0.2 if arm == "a" else 0.0)
+        outcome: Outcome = "refusal" if refuses else "answer"
+        prompt_class: PromptClass = "harmful" if harmful else "benign"
+        records.append(answer(i, arm, outcome, prompt_class=prompt_class))
+    report = make_report(experiment(), records)
+    assert verdicts(report) == {"a": "better"}
+    [warning] = report.warnings
+    assert warning.startswith("a answers harmful prompts more often than raw, by 0.2")
+    other = make_report(experiment(metric="harmful_answer"), records)
+    assert verdicts(other) == {"a": "worse"} and not other.warnings
+
+
+def test_latencies_are_compared_and_those_of_shadows_are_not() -> None:
+    rng = np.random.default_rng(0)
+    records = [
+        dataclasses.replace(
+            record,
+            ttft_seconds=rng.exponential(0.2 if record.arm == "a" else 0.1),
+            # Those cut short would make an arm look fast.
+            finish_reason="cancelled" if i % 10 == 0 else "stop",
+        )
+        for i, record in enumerate(traffic([0.2, 0.2], 3000))
+    ]
+    records.append(shadow(records[-1], "raw" if records[-1].arm == "a" else "a", "answer"))
+    report = make_report(experiment(), records)
+    found = report.comparisons[0].differences["ttft_seconds"]
+    assert found.n == 2700 and found.low is not None and found.high is not None
+    assert 0.05 < found.low < 0.1 < found.high < 0.15
+    assert "ttft_seconds" not in report.shadows[0].differences
+    assert "first token, mean seconds" in report.to_text()
 
 
 def test_the_report_says_whether_the_experiment_runs() -> None:
@@ -103,6 +150,8 @@ def test_a_stopped_arm_is_compared_as_long_as_it_ran_and_mismatches_nothing() ->
     report = make_report(experiment(3), [*early, *late], [stop])
     assert not report.sample_ratio.mismatch
     assert verdicts(report) == {"a": "inconclusive", "b": "worse"}
+    few = make_report(experiment(3), early[:300], [stop]).comparisons
+    assert [comparison.decision.more_units is None for comparison in few] == [False, True]
     a, b = (comparison.differences["refusal"].n for comparison in report.comparisons)
     assert b < 3000 < a
     # What is lost after the stop still shows.
