@@ -8,6 +8,8 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
+from base64 import b64decode
+from collections.abc import Mapping
 from pathlib import Path
 
 SUMMARY = "report on experiments, or bring their database up to date"
@@ -27,6 +29,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--key", default=os.environ.get("PILOTHOUSE_KEY"), help="default: $PILOTHOUSE_KEY"
     )
+    report.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots, as PNG files")
     analyse = verbs.add_parser("analyse", help="report on a file of records, without a server")
     analyse.add_argument("file", type=Path, help="records and events, one JSON object a line")
     analyse.add_argument(
@@ -36,6 +39,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("text", "json", "html"), default="text", help="default: text"
     )
     analyse.add_argument("--out", type=Path, help="file to write; default: standard output")
+    analyse.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots, as PNG files")
     analyse.add_argument(
         "--judge",
         default="phrases",
@@ -62,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    print(fetch_report(arguments).rstrip("\n"))
+    print(fetch_report(arguments, arguments.format).rstrip("\n"))
+    if arguments.plots is not None:
+        files = json.loads(fetch_report(arguments, "plots"))
+        _write_plots(arguments.plots, {name: b64decode(data) for name, data in files.items()})
     return 0
 
 
@@ -82,11 +89,25 @@ def _analyse(arguments: argparse.Namespace) -> int:
         text = json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n"
     else:
         text = report.to_html()
+    if arguments.plots is not None:
+        _write_plots(arguments.plots, {plot.file: plot.png for plot in report.plots()})
     if arguments.out is None:
         print(text, end="")
     else:
         arguments.out.write_text(text, "utf-8")
     return 0
+
+
+def _write_plots(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Raises ValueError where there are none."""
+    if not files:
+        raise ValueError(
+            "there are no plots: nothing was judged yet, or matplotlib is missing where the report "
+            "is made (pip install 'pilothouse[eval]')"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / Path(name).name).write_bytes(data)  # whatever a server calls it
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
@@ -101,9 +122,9 @@ def _migrate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def fetch_report(arguments: argparse.Namespace) -> str:
+def fetch_report(arguments: argparse.Namespace, format: str) -> str:
     """Raises ValueError with what the server says is wrong, or where there is no server."""
-    query = {"format": arguments.format}
+    query = {"format": format}
     if arguments.version is not None:
         query["version"] = str(arguments.version)
     name = urllib.parse.quote(arguments.name, safe="")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Literal
@@ -154,7 +155,8 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         name: str,
         request: Request,
         format: Annotated[
-            Literal["json", "html", "text"], Query(description="Of the report.")
+            Literal["json", "html", "text", "plots"],
+            Query(description="Of the report; `plots` are its PNG files by name, in base64."),
         ] = "json",
         version: Annotated[int | None, Query(description="Default: the latest.")] = None,
     ) -> Response:
@@ -181,6 +183,9 @@ def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Res
             return page
         if format == "text":
             return PlainTextResponse(report.to_text())
+        if format == "plots":
+            files = {plot.file: base64.b64encode(plot.png).decode() for plot in report.plots()}
+            return JSONResponse(files)
         return JSONResponse(finite(dict(report.to_json())))
 
     return make

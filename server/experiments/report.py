@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from server.experiments.sequential import ConfidenceSequence, Floats, rate_bound
 from server.experiments.verdict import Decision, decide
 from steering.evaluate.statistics import holm, mcnemar
 from steering.judge_set import Card
+
+if TYPE_CHECKING:
+    from server.experiments.report_plots import Plot
 
 MOST_LOOKS = 200
 """Of a confidence sequence in a report; all looks are paid for, these are drawn."""
@@ -196,10 +199,18 @@ class Report:
         return "\n".join(lines(self)) + "\n"
 
     def to_html(self) -> str:
-        """One page that needs nothing else. Without matplotlib (extra `eval`) it has no plots."""
+        """One page that needs nothing else, with the plots in it."""
         from server.experiments.report_page import page
 
         return page(self)
+
+    def plots(self) -> list[Plot]:
+        """As PNG; none without matplotlib (extra `eval`)."""
+        if find_spec("matplotlib") is None:
+            return []
+        from server.experiments.report_plots import draw
+
+        return draw(self)
 
 
 def make_report(
@@ -474,9 +485,3 @@ def _plain(value: Any) -> Any:
 def when(seconds: float) -> str:
     """A time for people."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def write_page(report: Report, path: Path) -> Path:
-    """Write the report's page."""
-    path.write_text(report.to_html(), "utf-8")
-    return path

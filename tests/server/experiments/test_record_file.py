@@ -48,6 +48,24 @@ def test_forms_are_written_to_files(files: tuple[Path, Path], tmp_path: Path) ->
     assert "<h2>Verdict</h2>" in (tmp_path / "report.html").read_text("utf-8")
 
 
+def test_plots_are_written_as_png(files: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = [*map(str, files), "--judge", "none", "--plots", str(tmp_path / "plots")]
+    assert main(["experiments", "analyse", *arguments]) == 0
+    found = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert found.keys() == {"a-units.png", "rates.png"}
+    assert all(data.startswith(b"\x89PNG") for data in found.values())
+
+
+def test_where_there_is_nothing_to_plot_the_command_says_so(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = json.loads(files[0].read_text("utf-8").split("\n")[0])
+    files[0].write_text(json.dumps(first | {"outcome": None}))
+    arguments = [*map(str, files), "--judge", "none", "--plots", str(tmp_path / "plots")]
+    assert main(["experiments", "analyse", *arguments]) == 2
+    assert "nothing was judged yet" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("{", "2: not JSON"), ("[]", "2: "), ('{"id": "x"}', "2: time: "), ("7", "2: ")],

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from server.experiments.records import AnswerRecord, EventRecord
-from server.experiments.report import Report, make_report, write_page
+from server.experiments.report import Report, make_report
 from steering.judge import Outcome
 from steering.judge_set import Card, Rate
 from steering.monitor import PromptClass
@@ -320,10 +319,11 @@ def test_json_holds_everything_and_only_finite_numbers() -> None:
     assert found["events"][0]["kind"] == "stopped"
 
 
-def test_the_page_holds_its_pictures_and_escapes_what_it_was_given(tmp_path: Path) -> None:
+def test_the_page_holds_its_pictures_and_escapes_what_it_was_given() -> None:
     mean = event("guard_rail", "a", START + 9e6, note="<script>alert(1)</script>")
     report = make_report(experiment(shadow=1.0), shadowed(300), [mean])
-    text = write_page(report, tmp_path / "report.html").read_text("utf-8")
+    text = report.to_html()
+    assert [plot.file for plot in report.plots()] == ["a-units.png", "a-prompts.png", "rates.png"]
     assert text.count("data:image/png;base64,") == 3  # two sequences and the rates
     assert "<script" not in text and "http" not in text
     assert "confidence sequence" in text
