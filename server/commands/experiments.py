@@ -12,7 +12,7 @@ from base64 import b64decode
 from collections.abc import Mapping
 from pathlib import Path
 
-SUMMARY = "report on experiments, or bring their database up to date"
+SUMMARY = "report on experiments, export records, or bring their database up to date"
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -47,21 +47,31 @@ def register(parser: argparse.ArgumentParser) -> None:
         help="the judge of the records, whose errors rates are corrected for: phrases (default), "
         "hf:ID of a classifier, or none",
     )
+    export = verbs.add_parser(
+        "export", help="write what is on record of an experiment, as `analyse` reads it"
+    )
+    export.add_argument("name", help="of the experiment")
+    export.add_argument("--version", type=int, help="of the experiment; default: the latest")
+    _name_database(export)
     migrate = verbs.add_parser(
         "migrate",
         help="bring the tables of the database up to date, as a server does when it starts",
     )
-    migrate.add_argument(
+    _name_database(migrate)
+
+
+def _name_database(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--experiments-db",
         metavar="URL",
         help="sqlite:///FILE or postgresql://USER@HOST/NAME; default: what the variables and "
         "--config of `serve` say",
     )
-    migrate.add_argument("--config", type=Path, help="TOML file with the settings of `serve`")
+    parser.add_argument("--config", type=Path, help="TOML file with the settings of `serve`")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    verbs = {"report": _report, "analyse": _analyse, "migrate": _migrate}
+    verbs = {"report": _report, "analyse": _analyse, "export": _export, "migrate": _migrate}
     return verbs[arguments.verb](arguments)
 
 
@@ -108,6 +118,25 @@ def _write_plots(folder: Path, files: Mapping[str, bytes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / Path(name).name).write_bytes(data)  # whatever a server calls it
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from server.experiments.interfaces import with_judgements
+    from server.experiments.store import database_of
+
+    database, name = database_of(arguments.experiments_db, arguments.config), arguments.name
+    try:
+        versions = [seen.version for seen in database.experiments() if seen.experiment == name]
+        version = max(versions, default=0) if arguments.version is None else arguments.version
+        if version not in versions:
+            raise ValueError(f"{database.name} has no answers of {name} version {version or 1}")
+        for answer in with_judgements(database.answers(name, version)):
+            print(json.dumps(answer.to_json()))
+        for event in database.events(name, version):
+            print(json.dumps(event.to_json()))
+    finally:
+        database.close()
+    return 0
 
 
 def _migrate(arguments: argparse.Namespace) -> int:

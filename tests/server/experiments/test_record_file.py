@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from server.cli import main
+from server.experiments.database import Database
+from server.experiments.interfaces import JUDGED_LATER
+from server.experiments.record_file import read_records
 from tests.server.experiments.samples import START, event, experiment, traffic
 
 TOML = """
@@ -91,3 +95,28 @@ def test_the_definition_must_be_of_the_records(
     one.write_text(experiment(alpha=0.01).model_dump_json(), "utf-8")
     assert main(["experiments", "analyse", str(records), str(one), "--judge", "none"]) == 0
     assert "alpha 0.01" in capsys.readouterr().out
+
+
+def test_what_a_database_holds_is_exported_as_it_is_read(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, definition = files
+    answers, events = read_records(records)
+    late = dataclasses.replace(answers[0], id=answers[0].id + JUDGED_LATER, outcome="degenerate")
+    url = f"sqlite:///{tmp_path / 'records.sqlite'}"
+    database = Database(url)
+    database.migrate()
+    database.write([*answers, *events, late, dataclasses.replace(late, id="old", version=7)])
+    database.close()
+    export = ["experiments", "export", "test", "--experiments-db", url]
+    assert main([*export, "--version", "1"]) == 0
+    records.write_text(capsys.readouterr().out, "utf-8")
+    found, again = read_records(records)
+    assert found == [dataclasses.replace(answers[0], outcome="degenerate"), *answers[1:]]
+    assert again == events
+    assert main(["experiments", "analyse", str(records), str(definition), "--judge", "none"]) == 0
+    assert "a against raw: worse" in capsys.readouterr().out
+    assert main(export) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == 7
+    assert main([*export, "--version", "3"]) == 2
+    assert "no answers of test version 3" in capsys.readouterr().err
