@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from server.experiments.analysis import LATENCIES, METRICS, SCORES, Answers, Fig
 from server.experiments.correction import Corrector
 from server.experiments.definitions import Arm, Experiment, Metric
 from server.experiments.records import AnswerRecord, EventRecord
+from server.experiments.report_warnings import warnings_of
 from server.experiments.sequential import ConfidenceSequence, Floats, rate_bounds
 from server.experiments.verdict import Decision, decide
 from steering.evaluate.statistics import holm, mcnemar
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
 
 MOST_LOOKS = 200
 """Of a confidence sequence in a report; all looks are paid for, these are drawn."""
-
-WORSE: Mapping[Metric, str] = {
-    "over_refusal": "refuses benign prompts",
-    "harmful_answer": "answers harmful prompts",
-    "degenerate": "gives degenerate or empty replies",
-}
-"""What is bad whatever was asked."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +248,7 @@ def make_report(
         [e for e in events if (e.experiment, e.version) == (experiment.name, experiment.version)],
         (),
     )
-    return dataclasses.replace(report, warnings=tuple(_warnings(report, answers, corrector)))
+    return dataclasses.replace(report, warnings=tuple(warnings_of(report, answers, corrector)))
 
 
 def _arm(answers: Answers, arm: Arm, corrector: Corrector) -> ArmReport:
@@ -419,49 +413,6 @@ def _looks(sequence: ConfidenceSequence, times: Floats) -> list[Look]:
         )
         for i in chosen
     ]
-
-
-def _warnings(report: Report, answers: Answers, corrector: Corrector) -> Iterator[str]:
-    if report.sample_ratio.mismatch:
-        yield (
-            f"Units are not spread over the arms as the weights say (p = "
-            f"{report.sample_ratio.p:.2g}): something loses or adds answers of some "
-            "arms. No verdict on exposures stands."
-        )
-    if answers.crossed:
-        yield (
-            f"{len(answers.crossed)} units were seen in more than one arm, which assignment never "
-            "does: a bug, or servers that differ. Only answers of a unit's first arm count."
-        )
-    if answers.unsticky:
-        yield (
-            f"{len(answers.unsticky)} requests said nothing of who asks: each is its own unit, may "
-            "meet another arm next time, and is left out of the comparison."
-        )
-    for comparison in report.comparisons:
-        yield from _trade_offs(report.experiment, comparison)
-    shares = [arm.unjudged / arm.answers for arm in report.arms if arm.answers]
-    if shares and max(shares) - min(shares) > 0.02:
-        yield (
-            "The arms differ in how many answers were not judged ("
-            + ", ".join(
-                f"{arm.name} {arm.unjudged / arm.answers:.1%}" for arm in report.arms if arm.answers
-            )
-            + "): rates are of those that were."
-        )
-    yield from corrector.warnings
-
-
-def _trade_offs(experiment: Experiment, comparison: Comparison) -> Iterator[str]:
-    """By what an arm is surely worse, apart from what the verdict is on."""
-    for metric, says in WORSE.items():
-        found = comparison.differences[metric]
-        if metric != experiment.metric and found.low is not None and found.low > 0:
-            yield (
-                f"{comparison.arm} {says} more often than {experiment.control.name}, by "
-                f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]: the verdict is on "
-                f"{experiment.metric} alone."
-            )
 
 
 def _last(values: Floats, default: float) -> float:
