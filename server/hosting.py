@@ -177,6 +177,11 @@ def open_host(settings: Settings) -> Host:
     """
     access = open_access(settings)
     records = open_records(settings)
+    if records is None and settings.experiments:
+        logger.warning(
+            "records of experiments are kept in memory and end with the server; "
+            "--experiments-journal DIR keeps them"
+        )
     lm = load(settings)
     paths = list(settings.profile)
     if settings.model is None and (DEMO / "profiles").is_dir():
