@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from steering.models import LanguageModel
-from steering.profile import IMPORTED, Profile
+from steering.profile import IMPORTED, Profile, ProfileError
 from tests.server.engine.running import ask, ids, prompt_of, stream_all
 from tests.server.engine.test_scores import make_monitor
-from tests.steering.edits import random_edit
+from tests.steering.edits import random_edit, random_gate
 from tests.vllm.serving import MIXTURE, locally, profiles_of, save, serving
 
 REQUESTS = [
@@ -36,7 +36,8 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 def test_two_workers_answer_as_one(lm: LanguageModel, size: str) -> None:
     mixture, eager = dict(MIXTURE), True
     if size == "pipeline_parallel_size":
-        del mixture["gate of an earlier block"]  # which is read on the other stage
+        for name in ("gate of an earlier block", "several at one site"):
+            del mixture[name]  # a gate there is read on the other stage
         eager = False  # vLLM's CPU build has no buffers between stages without its warm-up
     requests = [request for name, request in zip(MIXTURE, REQUESTS, strict=True) if name in mixture]
     monitor = make_monitor(lm, "0.resid_post", "3.resid_post")
@@ -46,6 +47,10 @@ def test_two_workers_answer_as_one(lm: LanguageModel, size: str) -> None:
         new = random_edit("2.resid_post", 2, seed=50)
         engine.register(Profile("new", IMPORTED, (new,), lm.fingerprint))
         assert engine.healthy() and engine.stats().running == 0
+        if size == "pipeline_parallel_size":
+            across = random_edit("2.resid_pre", gate=random_gate("1.resid_pre"))
+            with pytest.raises(ProfileError, match="another pipeline stage"):
+                engine.register(Profile("across", IMPORTED, (across,), lm.fingerprint))
     there = locally(lm, requests, monitor) * 2
     for mine, theirs in zip(here, there, strict=True):
         assert ids(mine) == ids(theirs)
