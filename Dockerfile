@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # CPU (the default):  docker build -t pilothouse .
 # CUDA:               docker build -t pilothouse:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
-# vLLM:               docker build -t pilothouse:vllm --build-arg EXTRAS=ray --build-arg CONSTRAINTS=constraints-vllm.txt
+# vLLM:               docker build -t pilothouse:vllm --build-arg EXTRAS=ray,postgres --build-arg CONSTRAINTS=constraints-vllm.txt
 #                         --build-arg TORCH_INDEX=https://pypi.org/simple --build-arg PACKAGES="gcc libc6-dev" .
 ARG PYTHON=3.12
 

@@ -35,7 +35,7 @@ VLLM_ONLY = (
 
 
 def check_engine(engine: str, changed: Collection[str], *, prefix_caching: bool) -> None:
-    """Raise ValueError, the setting's name first, for what makes no sense with this engine.
+    """Raise ValueError for what makes no sense with this engine.
 
     Args:
         changed: settings that are not what they are by default.
@@ -43,19 +43,19 @@ def check_engine(engine: str, changed: Collection[str], *, prefix_caching: bool)
     if engine == "local":
         for name in VLLM_ONLY:
             if name in changed:
-                raise ValueError(f"{name}, {_flag(name)} is for --engine vllm")
+                raise ValueError(f"{_flag(name)} is for --engine vllm")
         return
     for name, advice in LOCAL_ONLY.items():
         if name in changed:
-            raise ValueError(f"{name}, {_flag(name)} is for the local engine: {advice}")
+            raise ValueError(f"{_flag(name)} is for the local engine: {advice}")
     if "prefix_cache_mib" in changed and prefix_caching:
         raise ValueError(
-            "prefix_cache_mib, --prefix-cache-mib can only be 0 with --engine vllm: its prefixes "
+            "--prefix-cache-mib can only be 0 with --engine vllm: its prefixes "
             "lie in the memory for keys and values that it takes anyway"
         )
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            "engine, --engine vllm needs vLLM: pip install 'pilothouse[vllm]' (Linux, with a GPU; "
+            "--engine vllm needs vLLM: pip install 'pilothouse[vllm]' (Linux, with a GPU; "
             "the README says how on a CPU)"
         )
 
@@ -65,9 +65,9 @@ def parse_arguments(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"vllm_args, --vllm-args is not JSON: {error}") from None
+        raise ValueError(f"--vllm-args is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError("vllm_args, --vllm-args must be a JSON object of engine arguments")
+        raise ValueError("--vllm-args must be a JSON object of engine arguments")
     return value
 
 
