@@ -25,6 +25,7 @@ from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
 from server.openapi import errors
+from server.page import add_page
 from server.prepare import (
     Prepared,
     prepare,
@@ -118,6 +119,7 @@ def create_app(host: Host) -> FastAPI:
     add_admin(app, host, metrics)
     add_experiments(app, host, recorder)
     _add_operations(app, host, metrics)
+    add_page(app)
     _declare_truthfully(app)
     return app
 

@@ -242,6 +242,7 @@ class ProfileCard(BaseModel):
     folded: bool = Field(description="It is part of the weights (`--fold`).")
     red_team: bool
     derived_base: bool = Field(description="Fitted on other weights than the ones served.")
+    layers: int = Field(description="Blocks of the model, of which the edits' sites name some.")
     edits: list[dict[str, Any]]
     card: dict[str, Any]
     provenance: dict[str, Any]

@@ -1,0 +1,68 @@
+import { marks, mostEdit, tint } from "../comparison";
+import { fixed } from "../logic/format";
+import { TINTS, type Tint } from "../logic/link";
+import { CopyMenu } from "./CopyMenu";
+
+const NAMES: Record<Tint, string> = {
+  answer: "Answer probe",
+  benign: "Benign probe",
+  edit: "Size of edit",
+  none: "None",
+};
+
+/** How replies are shown, and ways to take them elsewhere. */
+export function Toolbar() {
+  return (
+    <section class="toolbar" aria-label="Display">
+      <fieldset class="choice">
+        <legend>Tint</legend>
+        {TINTS.map((each) => (
+          <label key={each}>
+            <input
+              type="radio"
+              name="tint"
+              value={each}
+              checked={tint.value === each}
+              onChange={() => (tint.value = each)}
+            />
+            <span>{NAMES[each]}</span>
+          </label>
+        ))}
+      </fieldset>
+      <Legend />
+      <label class="check">
+        <input
+          type="checkbox"
+          checked={marks.value}
+          onChange={(event) => (marks.value = event.currentTarget.checked)}
+        />
+        <span>
+          <span class="new sample">Mark</span> what differs from raw
+        </span>
+      </label>
+      <CopyMenu />
+    </section>
+  );
+}
+
+function Legend() {
+  const shown = tint.value;
+  if (shown === "none") return null;
+  const [low, high] =
+    shown === "edit"
+      ? ["0", `${fixed(mostEdit.value)} of the state`]
+      : shown === "answer"
+        ? ["will refuse", "will answer"]
+        : ["harmful", "benign"];
+  return (
+    <div class="legend" role="img" aria-label={`Tint from ${low} to ${high}`}>
+      <span>{low}</span>
+      <span class={`scale tint-${shown}`}>
+        {Array.from({ length: 11 }, (_, i) => (
+          <i key={i} class={`q${i}`} />
+        ))}
+      </span>
+      <span>{high}</span>
+    </div>
+  );
+}
