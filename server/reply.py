@@ -10,10 +10,11 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from server.detokenize import Detokenizer
@@ -28,9 +29,11 @@ from server.engine.base import (
 from server.errors import from_engine
 from server.hosting import Host
 from server.logs import current_request
+from server.merge import merged
 from server.metrics import Meter, Metrics, ReplyMeter
 from server.prepare import Prepared, profiles_used
 from server.profiles import finite
+from server.quota import Charge
 from server.responses import (
     CalledFunction,
     ChatFinishReason,
@@ -65,6 +68,7 @@ class TextToken:
 class Piece:
     """A part of a reply: text, the tokens that begin in it, and tool calls. Any may be empty.
 
+    The first one comes with the first token, whatever it shows: the prompt's scores are known then.
     Where a reply may hold calls, its tokens are those of the calls' text, too.
     """
 
@@ -151,7 +155,8 @@ class Reply:
         self.calls: list[ToolCall] = []
         self._host = host
         self._text: list[str] = []
-        self._scores = PromptScores()
+        self.scores = PromptScores()
+        """Of the prompt; all None before the first token."""
         self.outcome: Outcome | None = None
         self.ended_by = "cancelled"
         """A finish reason, `error` or `cancelled`."""
@@ -159,25 +164,26 @@ class Reply:
         self._meter = meter
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The reply as it comes, in pieces that say something; it is judged by the end. Raises
-        ApiError."""
+        """The reply as it comes: a first piece, then those that say something; it is judged by the
+        end. Raises ApiError."""
         tools = self.prepared.tools
         parser = tools.parser()
         body = self.prepared.body
         after = self.prepared.requests[self.index].prompt_ids if body.continues_text else ()
         text = ReplyText(self._host.lm.tokenizer, body.stop_strings, tools.markup, after)
-        wants_tokens = body.wanted_logprobs is not None
+        wants_tokens = body.wanted_logprobs is not None or body.wants_trace
         try:
             async for token in self._stream:
                 # The choices of one prompt share its scores, which count once.
                 scores = token.scores if self._first_of_prompt else None
                 self._meter.token(scores, token.queue_seconds, token.cached_tokens)
+                first = self._meter.tokens == 1
                 if token.scores is not None:
-                    self._scores = token.scores
+                    self.scores = token.scores
                 piece = text.push(token)
                 self.finish_reason = "stop" if text.stopped else token.finish_reason
                 piece = self._take(piece, parser)
-                if piece.text or piece.calls or (piece.tokens and wants_tokens):
+                if first or piece.text or piece.calls or (piece.tokens and wants_tokens):
                     yield piece
                 if text.stopped:
                     await self._stream.aclose()  # frees the slot
@@ -246,7 +252,7 @@ class Reply:
 
     @property
     def prompt_class(self) -> PromptClass:
-        return self._host.prompt_class(self._scores.benign_probability)
+        return self._host.prompt_class(self.scores.benign_probability)
 
     @property
     def request(self) -> EngineRequest:
@@ -285,7 +291,7 @@ class Reply:
 
     @property
     def receipt(self) -> ChoiceReceipt:
-        scores = self._scores
+        scores = self.scores
         return ChoiceReceipt(
             refusal_score=finite(scores.refusal_score),
             answer_probability=finite(scores.answer_probability),
@@ -295,7 +301,16 @@ class Reply:
 
 
 class Answer:
-    """All replies to one request: read `pieces` to the end, and `close` in any case."""
+    """All replies to one request: read `pieces` to the end, and `close` in any case.
+
+    `submit` makes them.
+
+    Args:
+        since: `time.perf_counter()` at the request's arrival.
+        on_end: called with each reply (see there).
+        streams: the engine's, one per request.
+        charge: what was reserved for them.
+    """
 
     def __init__(
         self,
@@ -303,28 +318,17 @@ class Answer:
         metrics: Metrics,
         prepared: Prepared,
         since: float,
-        on_end: Callable[[Reply], None] | None = None,
+        on_end: Callable[[Reply], None] | None,
+        streams: Sequence[AsyncGenerator[EngineToken, None]],
+        charge: Charge,
     ) -> None:
-        """Submit the request; `on_end` is called with each reply (see there).
-
-        Raises EngineError where the engine turns it down, RateLimitError where the caller's
-        minute is used up.
-        """
         self.host = host
         self.prepared = prepared
         self.created = int(time.time())
         self._request_id = current_request.get()
         self._closed = False
+        self._charge = charge
         profile, choices = prepared.composition.label, prepared.body.choices
-        self._charge = prepared.caller.reserve(
-            sum(len(request.prompt_ids) for request in prepared.requests[::choices])
-            + sum(request.sampling.max_tokens for request in prepared.requests)
-        )
-        try:
-            streams = host.engine.generate_all(prepared.requests)
-        except BaseException:
-            self._charge.settle(0)
-            raise
         self.replies = [
             Reply(
                 host,
@@ -347,30 +351,11 @@ class Answer:
                     yield reply, piece
             yield reply, None
             return
-        arrived: asyncio.Queue[tuple[Reply, Piece | Exception | None]] = asyncio.Queue()
-
-        async def read(reply: Reply) -> None:
-            end: Exception | None = None
-            try:
-                async for piece in reply.pieces():
-                    arrived.put_nowait((reply, piece))
-            except Exception as error:
-                end = error
-            arrived.put_nowait((reply, end))
-
-        readers = [asyncio.create_task(read(reply)) for reply in self.replies]
-        try:
-            under_way = len(readers)
-            while under_way:
-                reply, item = await arrived.get()
+        async with aclosing(merged([reply.pieces() for reply in self.replies])) as pieces_of_all:
+            async for i, item in pieces_of_all:
                 if isinstance(item, Exception):
                     raise item
-                under_way -= item is None
-                yield reply, item
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+                yield self.replies[i], item
 
     async def close(self) -> None:
         """Cancel what has not ended, and note what became of it."""
@@ -414,9 +399,7 @@ class Answer:
         if (exposure := self.prepared.exposure) is not None:
             headers["X-Steering-Experiment"] = exposure.experiment.name
             headers["X-Steering-Arm"] = exposure.arm.name
-        if ignored:
-            headers["X-Ignored-Fields"] = ", ".join(dict.fromkeys(map(_header_safe, ignored[:20])))
-        return headers
+        return headers | ignored_header(ignored)
 
     @property
     def head(self) -> dict[str, Any]:
@@ -457,6 +440,42 @@ class Answer:
     def system_fingerprint(self) -> str:
         weights = self.host.lm.fingerprint.weights[:8]
         return f"fp_{weights}_{self.prepared.composition.fingerprint[:8] or 'raw'}"
+
+
+def submit(
+    host: Host,
+    metrics: Metrics,
+    prepared: Sequence[Prepared],
+    since: float,
+    on_end: Callable[[Reply], None] | None = None,
+) -> list[Answer]:
+    """Submit requests of one caller together, all or none; their answers.
+
+    Raises EngineError where the engine turns them down, RateLimitError where the caller's minute
+    does not hold them all.
+    """
+    costs = [_most_tokens(each) for each in prepared]
+    charges = prepared[0].caller.reserve(sum(costs)).split(costs)
+    requests = [request for each in prepared for request in each.requests]
+    try:
+        streams = iter(host.engine.generate_all(requests))
+    except BaseException:
+        for charge in charges:
+            charge.settle(0)
+        raise
+    answers = []
+    for each, charge in zip(prepared, charges, strict=True):
+        own = list(islice(streams, len(each.requests)))
+        answers.append(Answer(host, metrics, each, since, on_end, own, charge))
+    return answers
+
+
+def _most_tokens(prepared: Prepared) -> int:
+    """What it can come to: prompts, each once, and replies."""
+    prompts = prepared.requests[:: prepared.body.choices]
+    return sum(len(request.prompt_ids) for request in prompts) + sum(
+        request.sampling.max_tokens for request in prepared.requests
+    )
 
 
 def audit_fields(prepared: Prepared) -> dict[str, Any]:
@@ -501,6 +520,13 @@ def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:
     if prepared.out_of_template:
         said["monitor"] = "out_of_template"
     return said
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names the fields of a request which nobody knows, if there are any."""
+    if not names:
+        return {}
+    return {"X-Ignored-Fields": ", ".join(dict.fromkeys(map(_header_safe, names[:20])))}
 
 
 def _header_safe(name: str) -> str:

@@ -255,8 +255,9 @@ class Step:
     """Float32 by site: the state after its edits, pooled; `[B, D]`, each row's last column, by
     default."""
     edit_norm: Tensor | None = None
-    """`[B]`: with `measure`, norm of the change over norm of the state, at the last prompt token
-    of each row that reads it in this call, the largest over its sites; else 0."""
+    """`[B]`: with `measure`, norm of the change over norm of the state, the largest over the
+    sites. It is that of the last prompt token of a row that reads its prompt, 0 if this call does
+    not reach it, and that of the last column of a row that generates."""
     gates: Tensor | None = None
     """`[entries, T]` gate values of this call."""
     recorded: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -282,6 +283,7 @@ class Step:
         self._wanted = {*self.stacks, *self.gate_stacks, *self.capture}
         self._reached: set[Site] = set()
         self._phase_table: Tensor | None = None
+        self._measured_columns: tuple[Tensor, Tensor] | None = None
         if self.measure:
             self.edit_norm = torch.zeros(count, device=self.plan.device)
 
@@ -395,7 +397,7 @@ class Step:
             n, column, entry = stack.gated
             inner[n, :, column] *= self._gate_table(x.shape[1])[entry]
         change = torch.bmm(inner, stack.write)
-        if self.measure and not self.generating:
+        if self.measure:
             self._measure(stack, selected, change)
         edited = (selected + change).to(x.dtype)
         if stack.rows is None:
@@ -406,12 +408,30 @@ class Step:
 
     def _measure(self, stack: _SiteStack, x: Tensor, change: Tensor) -> None:
         assert self.edit_norm is not None
-        indices = range(len(self.plan.rows)) if stack.rows is None else stack.rows.tolist()
-        for k, i in enumerate(indices):
-            last = self.plan.rows[i].prompt_length - 1 - self.starts[i]
-            if 0 <= last < self.lengths[i]:
-                ratio = change[k, last].norm() / x[k, last].norm().clamp_min(1e-12)
-                self.edit_norm[i] = torch.maximum(self.edit_norm[i], ratio.float())
+        columns, inside = self._measured()
+        rows = slice(None) if stack.rows is None else stack.rows
+        each = torch.arange(len(x), device=x.device)
+        before, moved = x[each, columns[rows]], change[each, columns[rows]]
+        ratio = moved.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
+        known = self.edit_norm[rows]
+        self.edit_norm[rows] = torch.where(inside[rows], torch.maximum(known, ratio.float()), known)
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
+        """Columns `[B]` at which `edit_norm` is measured, and which rows have one in this call."""
+        if self._measured_columns is None:
+            columns, inside = [], []
+            for row, start, length in zip(self.plan.rows, self.starts, self.lengths, strict=True):
+                last = length - 1
+                if start < row.prompt_length:
+                    last = row.prompt_length - 1 - start
+                inside.append(last < length)
+                columns.append(min(last, length - 1))
+            device = self.plan.device
+            self._measured_columns = (
+                torch.tensor(columns, device=device),
+                torch.tensor(inside, device=device),
+            )
+        return self._measured_columns
 
 
 class Steering:
