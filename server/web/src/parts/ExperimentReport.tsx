@@ -40,8 +40,8 @@ export function ExperimentReport({ experiment, report }: Props) {
         <dl class="facts">
           <Fact name="Decides on">{METRIC_WORDS[experiment.metric]}</Fact>
           <Fact name="Version">{experiment.version}</Fact>
-          <Fact name="Matters from">{percent(experiment.margin, 1)}</Fact>
-          <Fact name="Error at most">{percent(experiment.alpha)}</Fact>
+          <Fact name="Differences matter from">{percent(experiment.margin, 1)}</Fact>
+          <Fact name="Wrong verdict at most">{percent(experiment.alpha)}</Fact>
           <Fact name="Users covered">{percent(experiment.coverage)}</Fact>
           {experiment.shadow > 0 && <Fact name="Shadowed">{percent(experiment.shadow)}</Fact>}
           {experiment.end && (
@@ -60,12 +60,18 @@ export function ExperimentReport({ experiment, report }: Props) {
           ))}
         </ul>
       )}
-      {report.comparisons.map((comparison) => (
-        <Verdict key={comparison.arm} {...{ comparison, experiment, control }} />
-      ))}
-      {report.shadows.map((comparison) => (
-        <Verdict key={`shadow ${comparison.arm}`} {...{ comparison, experiment, control }} paired />
-      ))}
+      <div class="verdicts">
+        {report.comparisons.map((comparison) => (
+          <Verdict key={comparison.arm} {...{ comparison, experiment, control }} />
+        ))}
+        {report.shadows.map((comparison) => (
+          <Verdict
+            key={`shadow ${comparison.arm}`}
+            {...{ comparison, experiment, control }}
+            paired
+          />
+        ))}
+      </div>
       <Arms report={report} experiment={experiment} />
       <GuardRails report={report} experiment={experiment} />
       <p class="quiet">
@@ -123,8 +129,7 @@ function Verdict({ comparison, experiment, control, paired = false }: VerdictPro
         <b>{signed(found?.value, 3)}</b>{" "}
         <span class="quiet">
           {interval(found?.low ?? null, found?.high ?? null, 3)} difference in “
-          {METRIC_WORDS[experiment.metric].toLowerCase()}”, of {count(found?.units ?? 0)}{" "}
-          {paired ? "pairs' users" : "users"}
+          {METRIC_WORDS[experiment.metric].toLowerCase()}”, of {count(found?.units ?? 0)} users
         </span>
       </p>
       <p>
@@ -206,7 +211,11 @@ function Arms({ report, experiment }: Props) {
                 Exposures
               </th>
               {METRICS.map((metric) => (
-                <th scope="col" key={metric}>
+                <th
+                  scope="col"
+                  key={metric}
+                  class={metric === experiment.metric ? "decisive" : undefined}
+                >
                   {METRIC_WORDS[metric]}
                 </th>
               ))}
@@ -236,10 +245,8 @@ function Arms({ report, experiment }: Props) {
                 {METRICS.map((metric) => {
                   const rate = arm.rates[metric];
                   return (
-                    <td
-                      key={metric}
-                      class={metric === experiment.metric ? "plot decisive" : "plot"}
-                    >
+                    <td key={metric} class="plot">
+                      {fixed(rate.value)} <small>{interval(rate.low, rate.high)}</small>
                       <IntervalPlot
                         label={`${METRIC_WORDS[metric]}, ${arm.name}`}
                         mine={rate}
@@ -249,7 +256,6 @@ function Arms({ report, experiment }: Props) {
                           null
                         }
                       />
-                      {fixed(rate.value)} <small>{interval(rate.low, rate.high)}</small>
                     </td>
                   );
                 })}

@@ -87,7 +87,8 @@ function Mark({ block, point, edit }: Placed) {
 }
 
 function describe({ rank, shift, phase, gate }: EditCard): string {
-  const parts = [`rank ${rank}${shift ? " and a shift" : ""}`, tokens(phase)];
+  const what = rank ? `rank ${rank}${shift ? " and a vector" : ""}` : "a vector";
+  const parts = [what, tokens(phase)];
   if (gate) parts.push(`gated at ${gate.site}`);
   return parts.join(", ");
 }
@@ -102,12 +103,13 @@ function caption(profile: ProfileCard, found: readonly Placed[]): string {
   const phases = [...new Set(profile.edits.map(({ phase }) => tokens(phase)))];
   const ranks = profile.edits.map(({ rank }) => rank);
   const [least, most] = [Math.min(...ranks), Math.max(...ranks)];
-  const rank = least === most ? `rank ${least}` : `rank ${least} to ${most}`;
+  const rank =
+    most === 0 ? "that add a vector" : `of rank ${least === most ? least : `${least} to ${most}`}`;
   const gated = profile.edits.some(({ gate }) => gate)
     ? "; a ring is a gate, which opens for some prompts"
     : "";
   return (
-    `${profile.edits.length} edits of ${rank}, ${points.join(" and ")}, ` +
+    `${profile.edits.length} edits ${rank}, ${points.join(" and ")}, ` +
     `in ${runs(blocks)} of ${profile.layers}, for ${phases.join(" and ")}${gated}.`
   );
 }

@@ -1,6 +1,7 @@
 import { useMemo } from "preact/hooks";
 import type { Look } from "../logic/experiments";
 import { interval, signed } from "../logic/format";
+import { timeAxis, valueAxis } from "./axes";
 import { Chart, type Data } from "./Chart";
 
 interface Props {
@@ -22,39 +23,19 @@ export function SequenceChart({ arm, looks, margin }: Props) {
     ];
   }, [looks]);
   const last = looks.at(-1)!;
-  const most = Math.min(
-    1,
-    1.15 *
-      Math.max(
-        margin,
-        ...looks
-          .slice(-Math.ceil(looks.length * 0.8))
-          .flatMap((l) => [Math.abs(l.low), Math.abs(l.high)]),
-      ),
-  );
+  const [low, high] = bounds(looks, margin);
   return (
     <Chart
       label={`Difference of ${arm} over time, now ${signed(last.value, 3)} ${interval(last.low, last.high, 3)}`}
       height={220}
       data={data}
-      structure={`${margin} ${most}`}
+      structure={`${margin} ${low} ${high}`}
       make={(colour) => {
-        const [ink, line, accent] = [colour("--muted"), colour("--line"), colour("--accent")];
-        const font = "12px Inter Variable, system-ui, sans-serif";
+        const accent = colour("--accent");
         return {
           padding: [8, 12, 0, 0],
-          scales: { y: { range: [-most, most] } },
-          axes: [
-            { stroke: ink, font, grid: { show: false }, ticks: { stroke: line, size: 4 } },
-            {
-              stroke: ink,
-              font,
-              size: 54,
-              grid: { stroke: line, width: 1 },
-              ticks: { show: false },
-              values: (_, splits) => splits.map((split) => signed(split, 2)),
-            },
-          ],
+          scales: { y: { range: [low, high] } },
+          axes: [timeAxis(colour), valueAxis(colour, (value) => signed(value, 2))],
           series: [
             {},
             { stroke: accent, width: 1, points: { show: false } },
@@ -82,4 +63,13 @@ export function SequenceChart({ arm, looks, margin }: Props) {
       }}
     />
   );
+}
+
+/** Ends of the scale: all but the first, widest intervals, zero, and the margin around it. */
+function bounds(looks: readonly Look[], margin: number): [number, number] {
+  const settled = looks.slice(-Math.ceil(looks.length * 0.9));
+  const low = Math.min(-2 * margin, ...settled.map((look) => look.low));
+  const high = Math.max(2 * margin, ...settled.map((look) => look.high));
+  const more = 0.06 * (high - low);
+  return [Math.max(-1, low - more), Math.min(1, high + more)];
 }

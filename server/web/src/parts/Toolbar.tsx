@@ -4,9 +4,9 @@ import { TINTS, type Tint } from "../logic/link";
 import { CopyMenu } from "./CopyMenu";
 
 const NAMES: Record<Tint, string> = {
-  answer: "Answer probe",
-  benign: "Benign probe",
-  edit: "Size of edit",
+  answer: "Answer",
+  benign: "Benign",
+  edit: "Edit size",
   none: "None",
 };
 

@@ -31,6 +31,12 @@ export function Compare() {
         </Notice>
       )}
       <Composer />
+      {turns.value.length > 0 && (
+        <p class="note">
+          The thin line across a bar is raw’s value. Probes are calibrated for the moment before the
+          reply, its first token; further on their course says more than their value.
+        </p>
+      )}
       <p class="hidden" role="status">
         {announcement.value}
       </p>

@@ -2,6 +2,7 @@ import { useMemo, useRef, useState } from "preact/hooks";
 import { getText } from "../api";
 import { count, fixed, percent, seconds } from "../logic/format";
 import { parse, quantile, since, Snapshot, wilson } from "../logic/prometheus";
+import { timeAxis, valueAxis } from "../parts/axes";
 import { Chart, type Data } from "../parts/Chart";
 import { IntervalPlot } from "../parts/Interval";
 import { Notice } from "../parts/Notice";
@@ -10,6 +11,8 @@ import { useLive } from "../parts/useLive";
 const EVERY = 2000;
 /** Snapshots kept: ten minutes. */
 const KEPT = 300;
+/** Seconds of the chart. */
+const SHOWN = 120;
 
 /** What the server's own metrics say. */
 export function Live() {
@@ -103,22 +106,11 @@ function Now({ history }: { history: readonly Snapshot[] }) {
         data={data}
         make={(colour) => ({
           padding: [8, 8, 0, 0],
-          scales: { y: { range: (_u, _low, high) => [0, Math.max(1, (high || 0) * 1.1)] } },
-          axes: [
-            {
-              stroke: colour("--muted"),
-              font: "12px Inter Variable, system-ui, sans-serif",
-              grid: { show: false },
-              ticks: { stroke: colour("--line"), size: 4 },
-            },
-            {
-              stroke: colour("--muted"),
-              font: "12px Inter Variable, system-ui, sans-serif",
-              size: 48,
-              grid: { stroke: colour("--line"), width: 1 },
-              ticks: { show: false },
-            },
-          ],
+          scales: {
+            x: { range: (_u, _low, high) => [high - SHOWN, high] },
+            y: { range: (_u, _low, high) => [0, Math.max(1, (high || 0) * 1.1)] },
+          },
+          axes: [timeAxis(colour), valueAxis(colour)],
           series: [
             {},
             {
@@ -156,8 +148,18 @@ function added({ now, before }: Span, name: string, where: Record<string, string
   return after < base ? after : after - base; // it started anew
 }
 
+/** Profiles as metrics name them; that of requests for several only once there were any. */
+function asked(span: Span): string[] {
+  return span.now
+    .values("steering_requests_total", "profile")
+    .filter(
+      (profile) =>
+        profile !== "composed" || added(span, "steering_requests_total", { profile }) > 0,
+    );
+}
+
 function Refusals(span: Span) {
-  const profiles = span.now.values("steering_requests_total", "profile");
+  const profiles = asked(span);
   const seen = CLASSES.filter(
     (each) =>
       each !== "unknown" ||
@@ -200,11 +202,11 @@ function Refusals(span: Span) {
                   const rate = judged ? hits / judged : null;
                   return (
                     <td key={prompt_class} class="plot">
+                      {percent(rate)} <small>{judged > 0 && `of ${count(judged)}`}</small>
                       <IntervalPlot
                         label={`Refused of ${prompt_class} prompts, ${profile}`}
                         mine={{ value: rate, low, high }}
                       />
-                      {percent(rate)} <small>of {count(judged)}</small>
                     </td>
                   );
                 })}
@@ -227,7 +229,7 @@ const LATENCIES = [
 ] as const;
 
 function Latencies({ now, before }: Span) {
-  const profiles = now.values("steering_requests_total", "profile");
+  const profiles = asked({ now, before });
   return (
     <section class="card" aria-label="Latencies">
       <h2>Latencies</h2>

@@ -15,8 +15,8 @@ export function Profiles() {
       <header class="head">
         <h1>Profiles</h1>
         <p class="quiet">
-          What {served.value?.model} can be asked to be. Requests with different profiles are
-          computed together.
+          The ways in which {served.value?.model} can answer. Requests under different profiles
+          share a batch.
         </p>
       </header>
       <div class="grid">
@@ -134,7 +134,7 @@ function Results({ profile, raw }: { profile: ProfileCard; raw: ProfileCard | un
       <thead>
         <tr>
           <th scope="col">Prompts</th>
-          <th scope="col">
+          <th scope="col" class="plot">
             <span class="ends">
               <span>none</span>
               <span>all</span>
@@ -176,7 +176,7 @@ function Results({ profile, raw }: { profile: ProfileCard; raw: ProfileCard | un
               F1
               <small>answers exactly what is benign</small>
             </th>
-            <td />
+            <td class="plot" />
             <td class="num">{fixed(mine.f1, 3)}</td>
             {base && <td class="num">{base.f1 === undefined ? "" : fixed(base.f1, 3)}</td>}
           </tr>
