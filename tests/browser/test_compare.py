@@ -104,9 +104,9 @@ def test_the_keyboard_goes_through_tokens(demo: Server, visit: Callable[..., Pag
     page.keyboard.press("ArrowRight")
     first = readout.inner_text()
     page.keyboard.press("ArrowRight")
-    expect(readout).not_to_have_text(first)
+    expect(readout).not_to_have_text(first, use_inner_text=True)
     page.keyboard.press("Home")
-    expect(readout).to_have_text(re.compile(re.escape(first.split("”")[0][:5])))
+    expect(readout).to_have_text(first, use_inner_text=True)
     expect(tokens.locator(".at")).to_have_count(1)
     page.keyboard.press("Escape")
     expect(tokens.locator(".at")).to_have_count(0)
@@ -194,11 +194,11 @@ def test_histories_part_and_turns_can_be_edited(demo: Server, visit: Callable[..
     for profile in ("raw", "llm-va"):
         assert told[profile][1:] == [first[profile], "How do I repair the fence?"]
     page.get_by_role("region", name="Turn 1").get_by_role("button", name="Edit").click()
-    page.get_by_label("Edited prompt").fill("How do I paint the fence?")
+    page.get_by_label("Edited prompt").fill("How do I sell the fence?")
     page.keyboard.press("Enter")
     expect(page.get_by_role("region", name="Turn 2")).to_have_count(0)
-    expect(page.get_by_role("heading", name="How do I paint the fence?")).to_be_visible()
-    assert "paint the fence" in await_replies(page, "raw", "llm-va")["raw"]
+    expect(page.get_by_role("heading", name="How do I sell the fence?")).to_be_visible()
+    assert "sell the fence" in await_replies(page, "raw", "llm-va")["raw"]
 
 
 def test_columns_come_and_go(demo: Server, visit: Callable[..., Page]) -> None:

@@ -73,7 +73,7 @@ def test_profile_cards_hold_what_people_ask(demo: Server, visit: Callable[..., P
         card = page.get_by_role("article", name=name, exact=True)
         expect(card).to_contain_text(told["card"]["summary"])
         expect(card).to_contain_text(told["fingerprint"][:16] or "no edits")
-        expect(card.get_by_text("red team")).to_have_count(1 if told["red_team"] else 0)
+        expect(card.get_by_text("red team", exact=True)).to_have_count(1 if told["red_team"] else 0)
         expect(card.locator(".layers .edit")).to_have_count(len(told["edits"]))
         for kind in told["card"]["held_out"]["kinds"].values():
             low, high = kind["refusal_rate_95"]

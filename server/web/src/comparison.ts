@@ -213,7 +213,7 @@ export function requestFor(turn: Turn, asked: readonly Arm[]): CompareRequest {
       ...(first ? {} : { messages: conversation[i]! }),
     })),
     temperature,
-    max_tokens: maxTokens,
+    ...(maxTokens === null ? {} : { max_tokens: maxTokens }),
     seed: turn.seed,
     trace,
     stream: true,

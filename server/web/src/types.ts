@@ -97,7 +97,7 @@ export interface CompareRequest {
   messages: Message[];
   arms: { profile: string; strength?: number; messages?: Message[] }[];
   temperature: number;
-  max_tokens: number;
+  max_tokens?: number;
   seed: number;
   trace: boolean;
   stream: boolean;

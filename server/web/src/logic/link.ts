@@ -18,7 +18,8 @@ export interface TurnState {
 
 export interface Settings {
   temperature: number;
-  maxTokens: number;
+  /** Null: as many as the server allows by itself. */
+  maxTokens: number | null;
   seed: number;
   system: string;
   trace: boolean;
@@ -34,7 +35,7 @@ export interface Comparison {
 
 export const DEFAULTS: Settings = {
   temperature: 0,
-  maxTokens: 256,
+  maxTokens: null,
   seed: 1,
   system: "",
   trace: true,
@@ -66,7 +67,7 @@ export function toLink(comparison: Comparison): string {
 /** The comparison of a link's query; whatever makes no sense in it is as if it were not there. */
 export function fromLink(search: string): Comparison {
   const query = new URLSearchParams(search);
-  const number = (name: string, low: number, high: number, fallback: number, whole = false) => {
+  const number = <T>(name: string, low: number, high: number, fallback: T, whole = false) => {
     const value = Number(query.get(name) ?? NaN);
     return value >= low && value <= high && (!whole || Number.isInteger(value)) ? value : fallback;
   };

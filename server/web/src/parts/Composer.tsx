@@ -99,7 +99,8 @@ function Settings() {
   return (
     <details class="settings">
       <summary>
-        Temperature {temperature} · at most {maxTokens} tokens · seed {seed}
+        Temperature {temperature} · seed {seed}
+        {maxTokens !== null && ` · at most ${maxTokens} tokens`}
         {system && " · system prompt"}
       </summary>
       <div class="fields">
@@ -115,9 +116,10 @@ function Settings() {
           label="Tokens at most"
           value={maxTokens}
           min={1}
-          max={100000}
+          max={1e6}
           step={1}
           set={(v) => ({ maxTokens: v })}
+          empty={{ maxTokens: null }}
         />
         <Field
           label="Seed"
@@ -148,29 +150,35 @@ function Settings() {
   );
 }
 
+type Change = Parameters<typeof changeSettings>[0];
+
 interface FieldProps {
   label: string;
-  value: number;
+  value: number | null;
   min: number;
   max: number;
   step: number;
-  set: (value: number) => Parameters<typeof changeSettings>[0];
+  set: (value: number) => Change;
+  /** What an empty field means, if it may be empty. */
+  empty?: Change;
 }
 
-function Field({ label, value, min, max, step, set }: FieldProps) {
+function Field({ label, value, min, max, step, set, empty }: FieldProps) {
   return (
     <label>
       {label}
       <input
         type="number"
-        value={value}
+        value={value ?? ""}
+        placeholder={empty && "the server's choice"}
         min={min}
         max={max}
         step={step}
         onChange={(event) => {
           const input = event.currentTarget;
           if (input.value && input.validity.valid) changeSettings(set(input.valueAsNumber));
-          else input.value = String(value);
+          else if (empty && !input.validity.badInput && !input.value) changeSettings(empty);
+          else input.value = String(value ?? "");
         }}
       />
     </label>
