@@ -26,7 +26,7 @@ from server.headers import SecurityHeaders, cross_origin
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
-from server.openapi import errors
+from server.openapi import errors, events_of
 from server.page import add_page
 from server.prepare import (
     Prepared,
@@ -72,11 +72,7 @@ def _streams(chunk: str) -> dict[str, Any]:
     """The response of an endpoint that can stream events which hold `chunk`."""
     return {
         "description": "The reply, or with `stream` its chunks, then `data: [DONE]`.",
-        "content": {
-            "text/event-stream": {
-                "schema": {"type": "string", "description": f"Events that hold {chunk}."}
-            }
-        },
+        "content": events_of(chunk),
         "headers": _HEADERS,
     }
 

@@ -24,7 +24,7 @@ from server.experiments.recording import Recorder
 from server.hosting import Host
 from server.merge import merged
 from server.metrics import Metrics
-from server.openapi import errors
+from server.openapi import errors, events_of
 from server.prepare import Prepared, prepare
 from server.profiles import finite
 from server.reply import Answer, Reply, answered_by, ignored_header, submit
@@ -263,11 +263,7 @@ def _lines(comparing: Comparing) -> AsyncGenerator[str, None]:
 
 _STREAMS = {
     "description": "The events of a stream, then `data: [DONE]`; with `stream` false the whole.",
-    "content": {
-        "text/event-stream": {
-            "schema": {"type": "string", "description": "Events that hold ComparisonChunk."}
-        }
-    },
+    "content": events_of("ComparisonChunk"),
     "headers": {
         name: {"schema": {"type": "string"}, "description": description}
         for name, description in (

@@ -149,14 +149,12 @@ class PromptReading(BaseModel):
     edit_norm: float | None
 
 
-class ArmSteering(BaseModel):
-    """With an arm's first event, what answers (Answerer); then `prompt`, as soon as it is known;
-    with text its `trace`, if asked for; with the finish reason the Receipt."""
+class ArmPrompt(BaseModel):
+    prompt: PromptReading
 
-    model_config = ConfigDict(extra="allow")
 
-    prompt: PromptReading | None = None
-    trace: list[TracedToken] | None = None
+class ArmTrace(BaseModel):
+    trace: list[TracedToken]
 
 
 class ArmDelta(BaseModel):
@@ -168,7 +166,11 @@ class ArmChunk(BaseModel):
     index: int = Field(description="Of the arm.")
     delta: ArmDelta
     finish_reason: ArmFinish | None
-    steering: ArmSteering | Receipt | Answerer | None = None
+    steering: Receipt | Answerer | ArmPrompt | ArmTrace | None = Field(
+        None,
+        description="With the first event what answers; then `prompt`, as soon as it is known; "
+        "with text its `trace`, if asked for; with the finish reason the receipt.",
+    )
     usage: Usage | None = Field(None, description="Of this arm, with its finish reason.")
     error: ErrorBody | None = Field(None, description="With the finish reason `error`.")
 

@@ -69,8 +69,8 @@ def fit_demo(
 ) -> list[Profile]:
     """Fit all profiles and the monitor of the demo model in `model`, and save them to `out`.
 
-    Takes some minutes. `report` is called with lines of progress, `progress` adds bars. Raw is among
-    the profiles for its card, which those of the others are compared with.
+    Takes some minutes. `report` is called with lines of progress, `progress` adds bars. Raw is
+    among the profiles for its card, which those of the others are compared with.
     """
     data = _data(_load(model), report=report, progress=progress)
     profiles = []

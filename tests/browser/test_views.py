@@ -4,52 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx2
 import pytest
 from playwright.sync_api import Page, expect
 
-from steering.demo.corpus import prompts
 from tests.browser.conftest import await_replies
+from tests.browser.traffic import say, serving_an_experiment
 from tests.server.test_keys_live import Server
 
 VIEWS = ("compare", "profiles", "experiments", "live")
-DEFINITION = """
-[[experiments]]
-name = "trial"
-arms = [{name = "control", profile = "raw"}, {name = "treated", profile = "llm-va"}]
-metric = "over_refusal"
-horizon = 100
-guard_rails = [{metric = "degenerate", limit = 0.1}]
-"""
-UNITS = 120
 
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model with an experiment that has run a while."""
-    folder = tmp_path_factory.mktemp("busy")
-    (folder / "serve.toml").write_text(DEFINITION)
-    server = Server("--config", folder / "serve.toml", "--experiments-journal", folder / "journal")
-    asked = [p.text for p in prompts("selection", ("borderline",), per_kind=UNITS)]
-
-    def ask(i: int) -> None:
-        say(server, asked[i], model="demo@trial", user=f"user-{i}")
-
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(ask, range(UNITS)))
+    with serving_an_experiment(tmp_path_factory.mktemp("busy")) as server:
         yield server
-    finally:
-        server.close()
-
-
-def say(server: Server, text: str, **more: Any) -> None:
-    body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **more}
-    url = f"{server.address}/v1/chat/completions"
-    httpx2.post(url, json=body, timeout=120).raise_for_status()
 
 
 def settle(page: Page, view: str) -> None:

@@ -40,23 +40,19 @@ def test_the_trace_of_the_unedited_model_is_that_of_a_plain_forward_pass(
     monitor, prompt = make_monitor(endless_llama, *BENIGN), prompt_of(9)
     with running(endless_llama, monitor=monitor) as engine:
         [reply] = stream_all(engine, [traced(prompt)])
+    sequence = torch.tensor([[*prompt, *ids(reply)[:-1]]])
+    decoder, states = endless_llama.model.model, []
     with torch.inference_mode():
-        sequence = torch.tensor([[*prompt, *ids(reply)[:-1]]])
-        output = endless_llama.model(sequence, output_hidden_states=True)
-        blocks = endless_llama.model.model.layers
-        # Hugging Face norms the last block's output, which the answer probe reads bare.
-        last = blocks[3](output.hidden_states[3], position_embeddings=_rotary(endless_llama))
-    at = slice(len(prompt) - 1, None)
-    benign = monitor.benign_probe.probability(output.hidden_states[3][0, at])
-    answer = monitor.answer["edited"].probability(last[0, at])
+        state = decoder.embed_tokens(sequence)
+        rotary = decoder.rotary_emb(state, torch.arange(sequence.shape[1])[None])
+        for block in decoder.layers:
+            state = block(state, position_embeddings=rotary)
+            states.append(state[0, len(prompt) - 1 :])
+    benign = monitor.benign_probe.probability(states[2])
+    answer = monitor.answer["edited"].probability(states[3])
     assert values(reply, "benign_probability") == pytest.approx(benign.tolist(), abs=1e-4)
     assert values(reply, "answer_probability") == pytest.approx(answer.tolist(), abs=1e-4)
     assert values(reply, "edit_norm") == [0.0] * len(reply)
-
-
-def _rotary(lm: LanguageModel) -> Any:
-    positions = torch.arange(9 + 7)[None]
-    return lm.model.model.rotary_emb(torch.zeros(1), positions)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
