@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
         if folder is None:
             PICTURES.mkdir(exist_ok=True)
             for view, scheme in KEPT:
-                draw(browser, server.address, view, scheme, 1280, PICTURES / f"{view}.png", 1.5)
+                draw(browser, server.address, view, scheme, 1280, PICTURES / f"{view}.png", 1)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             schemes: tuple[Scheme, ...] = ("light", "dark")

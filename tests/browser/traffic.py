@@ -18,10 +18,10 @@ DEFINITION = """
 name = "trial"
 arms = [{name = "control", profile = "raw"}, {name = "treated", profile = "llm-va"}]
 metric = "over_refusal"
-horizon = 100
+horizon = 200
 guard_rails = [{metric = "degenerate", limit = 0.1}]
 """
-PER_KIND = 60
+PER_KIND = 40
 
 
 def say(server: Server, text: str, **more: Any) -> None:
@@ -36,7 +36,7 @@ def serving_an_experiment(folder: Path) -> Iterator[Server]:
     """The demo model, half of whose users are answered by LLM-VA."""
     (folder / "serve.toml").write_text(DEFINITION)
     server = Server("--config", folder / "serve.toml", "--experiments-journal", folder / "journal")
-    found = prompts("selection", ("borderline", "jailbroken"), per_kind=PER_KIND)
+    found = prompts("selection", per_kind=PER_KIND)
     try:
         with ThreadPoolExecutor(8) as pool:
             list(

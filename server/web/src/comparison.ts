@@ -60,8 +60,11 @@ export const rawArm = computed(() =>
 /** The largest edit in sight: the tint of edits goes up to it, the same in all columns. */
 export const mostEdit = computed(() => {
   let most = 0;
-  for (const reply of replies.value.values()) {
-    for (const token of reply.trace) most = Math.max(most, token.edit_norm ?? 0);
+  for (const turn of turns.value) {
+    for (const arm of arms.value) {
+      for (const token of replyOf(turn, arm)?.trace ?? [])
+        most = Math.max(most, token.edit_norm ?? 0);
+    }
   }
   return most;
 });
@@ -237,7 +240,8 @@ function messagesFor(turn: Turn, arm: Arm): Message[] {
 /** Add a turn to the conversation and ask for its replies. */
 export function say(text: string): void {
   turns.value = [...turns.value, { id: ++ids, text, seed: settings.value.seed }];
-  void run(turns.value.length - 1);
+  // Replies to earlier turns are as the settings were then; the next one is to follow from them.
+  void run(stale.value ? 0 : turns.value.length - 1);
 }
 
 /** Begin a new conversation. */
@@ -256,7 +260,7 @@ export function startOver(text?: string): void {
 export function edit(turn: Turn, text: string): void {
   const at = turns.value.indexOf(turn);
   turns.value = [...turns.value.slice(0, at), { ...turn, id: ++ids, text }];
-  void run(at);
+  void run(stale.value ? 0 : at);
 }
 
 /** Ask again for the last replies, with another seed where that changes anything; from the first

@@ -28,7 +28,7 @@ export function strengthText(value: number): string {
 export function seconds(value: number | null | undefined): string {
   if (value === null || value === undefined || !Number.isFinite(value)) return DASH;
   if (value < 0.001) return `${(1e6 * value).toPrecision(2)} µs`;
-  if (value < 1) return `${Number((1000 * value).toPrecision(value < 0.01 ? 2 : 3))} ms`;
+  if (value < 1) return `${Number((1000 * value).toPrecision(value < 0.1 ? 2 : 3))} ms`;
   return `${value < 10 ? value.toFixed(2) : value.toFixed(0)} s`;
 }
 

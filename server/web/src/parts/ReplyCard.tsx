@@ -95,9 +95,9 @@ const visible = (token: string) => token.replaceAll("\n", "↵") || "∅";
 function summary(reply: Reply): string {
   const parts = [];
   if (reply.usage) parts.push(`${reply.usage.completion_tokens} tokens`);
-  if (reply.first !== null) parts.push(`first after ${seconds(reply.first / 1000)}`);
+  if (reply.first !== null) parts.push(`first ${seconds(reply.first / 1000)}`);
   if (reply.took !== null && reply.state === "done")
-    parts.push(`all after ${seconds(reply.took / 1000)}`);
+    parts.push(`all ${seconds(reply.took / 1000)}`);
   if (reply.finish === "length") parts.push("cut at the limit");
   if (reply.prompt?.prompt_class === "unknown") parts.push("class of the prompt unknown");
   return parts.join(" · ");
