@@ -240,7 +240,7 @@ function messagesFor(turn: Turn, arm: Arm): Message[] {
 /** Add a turn to the conversation and ask for its replies. */
 export function say(text: string): void {
   turns.value = [...turns.value, { id: ++ids, text, seed: settings.value.seed }];
-  // Replies to earlier turns are as the settings were then; the next one is to follow from them.
+  // A link has one set of settings, so all replies must come from the same ones.
   void run(stale.value ? 0 : turns.value.length - 1);
 }
 

@@ -33,7 +33,7 @@ export function SequenceChart({ arm, looks, margin }: Props) {
       make={(colour) => {
         const accent = colour("--accent");
         return {
-          padding: [8, 12, 0, 0],
+          padding: [8, 28, 0, 0],
           scales: { y: { range: [low, high] } },
           axes: [timeAxis(colour), valueAxis(colour, (value) => signed(value, 2))],
           series: [

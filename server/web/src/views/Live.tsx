@@ -105,7 +105,7 @@ function Now({ history }: { history: readonly Snapshot[] }) {
         height={120}
         data={data}
         make={(colour) => ({
-          padding: [8, 8, 0, 0],
+          padding: [8, 28, 0, 0],
           scales: {
             x: { range: (_u, _low, high) => [high - SHOWN, high] },
             y: { range: (_u, _low, high) => [0, Math.max(1, (high || 0) * 1.1)] },

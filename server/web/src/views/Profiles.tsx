@@ -126,9 +126,9 @@ function Results({ profile, raw }: { profile: ProfileCard; raw: ProfileCard | un
         Refusals of held-out prompts
         {counts.length === 1 && `, ${counts[0]} of each kind`}, with 95 % intervals
         {base && (
-          <>
+          <span class="plot-key">
             ; <span class="base-key">raw</span> above
-          </>
+          </span>
         )}
       </caption>
       <thead>
