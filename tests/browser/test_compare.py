@@ -225,7 +225,7 @@ def test_a_server_that_stops_in_the_middle_is_said_in_words(visit: Callable[...,
             alert = page.get_by_role("alert")
             expect(alert).to_contain_text("The server may have stopped")
             for profile in PROFILES:
-                expect(card(page, profile)).to_contain_text("The connection ended")
+                expect(card(page, profile).locator("header .chip")).to_have_text("! Failed")
             assert text_of(page, "raw"), "what came stays"
             alert.get_by_role("button", name="Try again").click()
             expect(alert).to_contain_text("The server cannot be reached")

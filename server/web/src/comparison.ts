@@ -7,6 +7,7 @@
 import { batch, computed, effect, signal } from "@preact/signals";
 import { compare, inWords, isAbort } from "./api";
 import { DEMO, GENERAL } from "./logic/examples";
+import { roundUp } from "./logic/format";
 import {
   DEFAULTS,
   fromLink,
@@ -57,7 +58,8 @@ export const rawArm = computed(() =>
   arms.value.find((arm) => profilesByName.value.get(arm.profile)?.identity),
 );
 
-/** The largest edit in sight: the tint of edits goes up to it, the same in all columns. */
+/** The largest edit in sight, rounded up so that it seldom changes: tints and charts of edits go up
+ * to it, the same in all columns. */
 export const mostEdit = computed(() => {
   let most = 0;
   for (const turn of turns.value) {
@@ -66,7 +68,7 @@ export const mostEdit = computed(() => {
         most = Math.max(most, token.edit_norm ?? 0);
     }
   }
-  return most;
+  return roundUp(most);
 });
 
 export const link = computed(() =>
@@ -115,7 +117,7 @@ export async function run(from = 0, only?: readonly number[]): Promise<void> {
   } catch (error) {
     const stopped = isAbort(error);
     if (!stopped) problem.value = inWords(error);
-    endAll(mine, stopped ? "stopped" : "failed", stopped ? null : inWords(error));
+    endAll(mine, stopped ? "stopped" : "failed");
   } finally {
     runs.value = runs.value.filter((each) => each !== mine);
   }
@@ -176,13 +178,13 @@ function update(change: (found: Map<string, Reply>) => void): void {
   replies.value = found;
 }
 
-function endAll(mine: Run, state: "stopped" | "failed", error: string | null): void {
+function endAll(mine: Run, state: "stopped" | "failed"): void {
   update((found) => {
     for (const turn of turns.value) {
       for (const arm of arms.value) {
         const reply = found.get(keyOf(turn, arm));
         if (reply && mine.arms.has(arm.id) && owners.get(arm.id) === mine) {
-          found.set(keyOf(turn, arm), cut(reply, state, error, performance.now()));
+          found.set(keyOf(turn, arm), cut(reply, state, performance.now()));
         }
       }
     }

@@ -81,10 +81,10 @@ test("an arm that fails says why and keeps its text", () => {
 
 test("cutting leaves replies alone that have ended", () => {
   const done = add(waiting("raw", null, 0), STREAM, 1);
-  expect(cut(done, "stopped", null, 2)).toBe(done);
-  expect(cut(waiting("raw", null, 0), "failed", "Gone.", 2)).toMatchObject({
+  expect(cut(done, "stopped", 2)).toBe(done);
+  expect(cut(waiting("raw", null, 0), "failed", 2)).toMatchObject({
     state: "failed",
-    error: "Gone.",
+    took: 2,
   });
 });
 

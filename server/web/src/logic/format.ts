@@ -27,7 +27,7 @@ export function strengthText(value: number): string {
 
 export function seconds(value: number | null | undefined): string {
   if (value === null || value === undefined || !Number.isFinite(value)) return DASH;
-  if (value < 0.001) return `${(1e6 * value).toPrecision(2)} µs`;
+  if (value < 0.001) return `${Number((1e6 * value).toPrecision(2))} µs`;
   if (value < 1) return `${Number((1000 * value).toPrecision(value < 0.1 ? 2 : 3))} ms`;
   return `${value < 10 ? value.toFixed(2) : value.toFixed(0)} s`;
 }
@@ -43,4 +43,11 @@ export function interval(low: number | null, high: number | null, digits = 2): s
 /** A moment given in seconds since 1970. */
 export function moment(time: number): string {
   return new Date(time * 1000).toISOString().slice(0, 16).replace("T", " ") + " UTC";
+}
+
+/** The next number up of one significant digit: 0.6 of 0.52. */
+export function roundUp(value: number): number {
+  if (!(value > 0)) return 0;
+  const digit = 10 ** Math.floor(Math.log10(value));
+  return Number((Math.ceil(value / digit - 1e-9) * digit).toPrecision(1));
 }

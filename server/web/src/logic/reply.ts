@@ -86,13 +86,8 @@ export function add(reply: Reply, choices: readonly CompareChoice[], now: number
 }
 
 /** The reply after its user, or its server, ended it early. */
-export function cut(
-  reply: Reply,
-  state: "stopped" | "failed",
-  error: string | null,
-  now: number,
-): Reply {
-  return ended(reply) ? reply : { ...reply, state, error, took: now - reply.asked };
+export function cut(reply: Reply, state: "stopped" | "failed", now: number): Reply {
+  return ended(reply) ? reply : { ...reply, state, took: now - reply.asked };
 }
 
 export interface Segment {

@@ -1,6 +1,6 @@
-import { addArm, arms, changeArm, rawArm, removeArm, type Arm } from "../comparison";
+import { arms, changeArm, rawArm, removeArm, type Arm } from "../comparison";
 import { strengthText } from "../logic/format";
-import { LEAST_ARMS, MOST_ARMS } from "../logic/link";
+import { LEAST_ARMS } from "../logic/link";
 import { profilesByName } from "../session";
 
 /** The columns: which profile each has, and how strong it is. */
@@ -12,11 +12,6 @@ export function ArmBar() {
           <ArmControl key={arm.id} arm={arm} position={i + 1} />
         ))}
       </div>
-      {arms.value.length < MOST_ARMS && profilesByName.value.size > 0 && (
-        <button type="button" class="add" onClick={addArm}>
-          <span aria-hidden="true">＋</span> Column
-        </button>
-      )}
     </section>
   );
 }

@@ -1,3 +1,4 @@
+import { apiKey } from "../api";
 import {
   eventText,
   METRIC_WORDS,
@@ -75,13 +76,27 @@ export function ExperimentReport({ experiment, report }: Props) {
       <Arms report={report} experiment={experiment} />
       <GuardRails report={report} experiment={experiment} />
       <p class="quiet">
-        As of {moment(report.time)}. The{" "}
-        <a href={`/v1/experiments/${encodeURIComponent(experiment.name)}/report?format=html`}>
-          whole report
-        </a>{" "}
-        also has figures corrected for the judge's errors.
+        As of {moment(report.time)}. <WholeReport name={experiment.name} /> also has figures
+        corrected for the judge's errors.
       </p>
     </div>
+  );
+}
+
+/** A link carries no key, so with one it is a command that gets the report. */
+function WholeReport({ name }: { name: string }) {
+  if (apiKey.value) {
+    return (
+      <>
+        What <code>pilothouse experiments report {name}</code> prints
+      </>
+    );
+  }
+  return (
+    <>
+      The{" "}
+      <a href={`/v1/experiments/${encodeURIComponent(name)}/report?format=html`}>whole report</a>
+    </>
   );
 }
 

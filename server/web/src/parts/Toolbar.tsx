@@ -1,6 +1,6 @@
-import { marks, mostEdit, tint } from "../comparison";
-import { fixed } from "../logic/format";
-import { TINTS, type Tint } from "../logic/link";
+import { addArm, arms, marks, mostEdit, tint } from "../comparison";
+import { MOST_ARMS, TINTS, type Tint } from "../logic/link";
+import { profilesByName } from "../session";
 import { CopyMenu } from "./CopyMenu";
 
 const NAMES: Record<Tint, string> = {
@@ -40,7 +40,14 @@ export function Toolbar() {
           <span class="new sample">Mark</span> what differs from raw
         </span>
       </label>
-      <CopyMenu />
+      <div class="end">
+        {arms.value.length < MOST_ARMS && profilesByName.value.size > 0 && (
+          <button type="button" onClick={addArm}>
+            <span aria-hidden="true">+</span> Column
+          </button>
+        )}
+        <CopyMenu />
+      </div>
     </section>
   );
 }
@@ -50,7 +57,7 @@ function Legend() {
   if (shown === "none") return null;
   const [low, high] =
     shown === "edit"
-      ? ["0", `${fixed(mostEdit.value)} of the state`]
+      ? ["0", `${mostEdit.value} of the state`]
       : shown === "answer"
         ? ["will refuse", "will answer"]
         : ["harmful", "benign"];

@@ -12,14 +12,11 @@ export function Compare() {
     <div class="compare">
       <h1 class="hidden">Compare profiles</h1>
       <ArmBar />
-      {turns.value.length > 0 ? (
-        <>
-          <Toolbar />
-          {turns.value.map((turn, i) => (
-            <TurnRow key={turn.id} turn={turn} position={i + 1} />
-          ))}
-        </>
-      ) : (
+      <Toolbar />
+      {turns.value.map((turn, i) => (
+        <TurnRow key={turn.id} turn={turn} position={i + 1} />
+      ))}
+      {turns.value.length === 0 && (
         <p class="invite">
           Ask every column the same thing and see, token by token, what each profile does to the
           model's reply.
