@@ -63,8 +63,8 @@ def reply_text(reply: Reply, tint: Tint) -> Text:
 
 
 def scores(reply: Reply) -> str:
-    """What is known of a reply in a line."""
-    parts = [
+    """What was read of the prompt."""
+    return " \u00b7 ".join(
         f"{label} {value:{form}}"
         for label, name, form in (
             ("refusal", "refusal_score", "+.1f"),
@@ -72,20 +72,24 @@ def scores(reply: Reply) -> str:
             ("benign", "benign_probability", ".2f"),
         )
         if (value := reply.prompt.get(name)) is not None
-    ]
-    parts += {"length": ["cut off"], "stopped": ["stopped"]}.get(reply.finish_reason or "", [])
-    outcome = reply.steering.get("outcome") or ("error" if reply.error is not None else None)
-    return " \u00b7 ".join([*parts, *([outcome] if outcome else [])])
+    )
 
 
-_OUTCOMES = {"answer": "green", "refusal": "yellow", "error": "red"}
+def ending(reply: Reply) -> str:
+    """What became of the reply; empty while it grows."""
+    if reply.error is not None:
+        return "error"
+    cut = {"length": "cut off", "stopped": "stopped"}.get(reply.finish_reason or "")
+    return ", ".join(filter(None, (reply.steering.get("outcome"), cut)))
+
+
+_COLOURS = {"answer": "green", "refusal": "yellow", "error": "red"}
 
 
 def _footer(reply: Reply) -> Text:
-    line = Text(scores(reply), "dim")
-    for outcome, style in _OUTCOMES.items():
-        line.highlight_regex(rf"\b{outcome}$", f"not dim bold {style}")
-    return line
+    ended = ending(reply)
+    style = f"bold {_COLOURS.get(ended.partition(',')[0], '')}".strip()
+    return Text.assemble((scores(reply), "dim"), "\n", (ended, style))
 
 
 def table(
@@ -99,7 +103,7 @@ def table(
     most = max(1, console.width // _LEAST_WIDTH)
     count = -(-len(columns) // -(-len(columns) // most))  # as even as can be
     groups = [columns[i : i + count] for i in range(0, len(columns), count)]
-    each = None if rows is None else max(1, rows // len(groups) - 3)
+    each = None if rows is None else max(1, rows // len(groups) - 4)
     return Group(*(_beside(group, count, tint, console, each) for group in groups))
 
 
@@ -129,7 +133,7 @@ def plain(conversation: Conversation) -> Iterator[str]:
             yield safe(reply.text)
         if reply.error is not None:
             yield safe(f"error: {reply.error['message']}")
-        yield f"   {scores(reply)}"
+        yield "   " + " \u00b7 ".join(filter(None, (scores(reply), ending(reply))))
 
 
 def as_json(conversation: Conversation) -> str:
