@@ -34,7 +34,7 @@ from server.engine.runner import Runner
 from server.engine.sampling import sample
 from server.engine.slots import SlotTable
 from server.engine.stream import Courier
-from server.engine.tracing import read_traces, traced_sites
+from server.engine.tracing import any_traced, read_traces, traced_sites
 from steering.models import LanguageModel
 from steering.monitor import Monitor
 
@@ -186,7 +186,7 @@ class Scheduler:
             rows,
             lengths,
             capture=probes | traced_sites(first),
-            measure=bool(first) and (self.monitor is not None or _any_traced(first)),
+            measure=bool(first) and (self.monitor is not None or any_traced(first)),
             logits=bool(first),
         )
         for i, row in enumerate(rows):
@@ -229,7 +229,7 @@ class Scheduler:
             rows,
             [1] * len(rows),
             capture=traced_sites(rows),
-            measure=_any_traced(rows),
+            measure=any_traced(rows),
             decoding=True,
         )
         self._lost = 0
@@ -277,7 +277,3 @@ class Scheduler:
             else:
                 going.append(row)
         return going[::-1]
-
-
-def _any_traced(rows: Sequence[Row]) -> bool:
-    return any(row.request.trace for row in rows)

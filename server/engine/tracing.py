@@ -14,6 +14,10 @@ from steering.monitor import Probe
 from steering.plan import Step
 
 
+def any_traced(rows: Iterable[Row]) -> bool:
+    return any(row.request.trace for row in rows)
+
+
 def traced_sites(rows: Iterable[Row]) -> set[Site]:
     """Sites to capture for the traces of rows that choose a token next."""
     return {probe.site for row in rows for probe in row.trace_probes if probe is not None}
