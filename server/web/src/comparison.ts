@@ -331,10 +331,9 @@ function open(query: string): void {
   const found = fromLink(query);
   stop();
   owners.clear();
-  const profiles = served.peek()?.profiles ?? [];
-  const columns = found.arms.length ? found.arms : profiles.slice(0, MOST_ARMS).map(own);
-  while (columns.length && columns.length < LEAST_ARMS)
-    columns.push(own(profiles[0] ?? columns[0]!));
+  const names = served.peek()?.profiles.map(({ name }) => name) ?? [];
+  const columns = found.arms.length ? found.arms : names.slice(0, MOST_ARMS).map(own);
+  while (names[0] && columns.length < LEAST_ARMS) columns.push(own(names[0]));
   batch(() => {
     arms.value = columns.map((arm) => ({ ...arm, id: ++ids }));
     turns.value = found.turns.map((turn) => ({ ...turn, id: ++ids }));
@@ -350,10 +349,7 @@ function open(query: string): void {
   else void run();
 }
 
-const own = (profile: { name: string } | ArmState): ArmState => ({
-  profile: "name" in profile ? profile.name : profile.profile,
-  strength: null,
-});
+const own = (profile: string): ArmState => ({ profile, strength: null });
 
 let ready = false;
 

@@ -24,6 +24,7 @@ export function useLive<T>(
       clearTimeout(timer);
       if (asking || document.hidden) return;
       asking = true;
+      const since = performance.now();
       try {
         found.value = { value: await ask(controller.signal), error: null };
       } catch (error) {
@@ -33,7 +34,9 @@ export function useLive<T>(
       } finally {
         asking = false;
       }
-      if (!controller.signal.aborted) timer = setTimeout(again, every);
+      // What the server takes long to work out is asked for less often.
+      const wait = Math.max(every, 5 * (performance.now() - since));
+      if (!controller.signal.aborted) timer = setTimeout(again, wait);
     };
     const seen = () => void again();
     document.addEventListener("visibilitychange", seen);
