@@ -25,7 +25,7 @@ export function TraceChart({ profile, trace, at, onAt }: Props) {
   return (
     <Chart
       label={`Trace of ${profile}: ${trace.length} tokens, ${described(trace)}`}
-      height={76}
+      height={82}
       data={data}
       at={at}
       onAt={onAt}
@@ -34,7 +34,7 @@ export function TraceChart({ profile, trace, at, onAt }: Props) {
         const [ink, line] = [colour("--muted"), colour("--line")];
         const dots = { show: false };
         return {
-          padding: [6, 4, 2, 0],
+          padding: [6, 4, 7, 0],
           cursor: { points: { size: 6 }, x: true },
           scales: {
             x: { time: false, range: (_, low, high) => [low, Math.max(high, low + 1)] },
