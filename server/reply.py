@@ -44,7 +44,7 @@ from server.responses import (
     Usage,
 )
 from server.tool_parsers import Call, Text, ToolParser
-from steering.judge import Outcome
+from steering.judge import Outcome, version_of
 from steering.monitor import PromptClass
 
 logger = logging.getLogger(__name__)
@@ -334,8 +334,12 @@ class Answer:
     @property
     def receipt(self) -> Receipt:
         """That of the first choice."""
+        first = self.replies[0]
+        judged = first.outcome is not None and not first.calls
         return Receipt(
-            **answered_by(self.host, self.prepared), **self.replies[0].receipt.model_dump()
+            **answered_by(self.host, self.prepared),
+            **first.receipt.model_dump(),
+            judge=version_of(self.host.judge) if judged else None,
         )
 
     def choice_receipt(self, reply: Reply) -> ChoiceReceipt | None:
