@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from server.reply import Answer, Reply, TextToken
+from server.reply import Answer, Reply
+from server.reply_text import TextToken
 from server.responses import (
     ChatCompletion,
     ChatLogprobs,

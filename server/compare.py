@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ from server.openapi import errors, events_of
 from server.prepare import Prepared, prepare
 from server.profiles import finite
 from server.reply import Answer, Reply, answered_by, ignored_header, submit
+from server.reply_text import TextToken
 from server.sse import ClientGoneError, EventStream, event, guarded, unless_gone
 from server.trace import trace_of
 
@@ -38,7 +39,9 @@ class Comparing:
     """The arms of one request under way: read `events` to the end, and `close` in any case.
 
     Args:
-        arms: by index.
+        model: as it is told.
+        arms: each with one reply.
+        ignored: fields of the request that nobody knows.
     """
 
     def __init__(self, id: str, model: str, arms: list[Answer], ignored: list[str]) -> None:
@@ -57,27 +60,18 @@ class Comparing:
         told: set[int] = set()
         async with aclosing(merged([reply.pieces() for reply in self._replies])) as pieces:
             async for i, item in pieces:
-                answer, reply = self.arms[i], self._replies[i]
-                if isinstance(item, Exception):
-                    yield self._event(i, {}, finish_reason="error", **self._fail(i, item))
-                elif item is None:
-                    yield self._event(
-                        i,
-                        {},
-                        finish_reason=reply.finish_reason,
-                        steering=answer.receipt.model_dump(),
-                        usage=answer.usage.model_dump(),
-                    )
-                else:
-                    if i not in told:
-                        told.add(i)
-                        yield self._event(i, {}, steering={"prompt": _prompt_scores(answer)})
-                    trace = _trace(answer, item.tokens)
-                    if item.text or trace:
-                        more = {"steering": {"trace": trace}} if trace is not None else {}
-                        yield self._event(i, {"content": item.text}, **more)
+                answer = self.arms[i]
+                if item is None or isinstance(item, Exception):
+                    yield self._last(i, item)
+                    await answer.close()  # what it did not use of the quota is free at once
                     continue
-                await answer.close()  # what it did not use of the quota is free at once
+                if i not in told:
+                    told.add(i)
+                    yield self._event(i, {}, steering={"prompt": _prompt_scores(answer)})
+                trace = _trace(answer, item.tokens)
+                if item.text or trace:
+                    more = {"steering": {"trace": trace}} if trace is not None else {}
+                    yield self._event(i, {"content": item.text}, **more)
         yield {**self._head, "choices": [], "usage": self._usage}
 
     async def whole(self) -> dict[str, Any]:
@@ -122,6 +116,19 @@ class Comparing:
         choice = {"index": index, "delta": delta, "finish_reason": None, **more}
         return {**self._head, "choices": [choice]}
 
+    def _last(self, index: int, error: Exception | None) -> dict[str, Any]:
+        """An arm's last event."""
+        if error is not None:
+            return self._event(index, {}, finish_reason="error", **self._fail(index, error))
+        answer = self.arms[index]
+        return self._event(
+            index,
+            {},
+            finish_reason=answer.replies[0].finish_reason,
+            steering=answer.receipt.model_dump(),
+            usage=answer.usage.model_dump(),
+        )
+
     def _fail(self, index: int, error: Exception) -> dict[str, Any]:
         """Note why an arm failed; its error, as clients see it."""
         if not isinstance(error, ApiError):
@@ -144,7 +151,7 @@ class Comparing:
         }
 
 
-def _trace(answer: Answer, tokens: Any) -> list[dict[str, Any]] | None:
+def _trace(answer: Answer, tokens: Sequence[TextToken]) -> list[dict[str, Any]] | None:
     entries = trace_of(answer, tokens)
     return None if entries is None else [entry.model_dump() for entry in entries]
 

@@ -7,7 +7,8 @@ from contextlib import aclosing
 from typing import Any
 
 from server.chat import LEAST_LOGPROB
-from server.reply import Answer, Reply, TextToken
+from server.reply import Answer, Reply
+from server.reply_text import TextToken
 from server.responses import Completion, CompletionChoice, CompletionLogprobs
 from server.sse import event, guarded
 from server.trace import trace_of, traced_receipt

@@ -172,6 +172,11 @@ def open_host(settings: Settings) -> Host:
     """
     access = open_access(settings)
     records = open_records(settings)
+    if records is None and settings.experiments:
+        logger.warning(
+            "records of experiments are kept in memory and end with the server; "
+            "--experiments-journal DIR keeps them"
+        )
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     lm = _load(settings)

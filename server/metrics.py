@@ -195,11 +195,12 @@ class Metrics:
         self._sweep()
 
     def add_experiment(self, experiment: str, shares: Mapping[str, float]) -> None:
-        """An experiment is served from now on.
+        """An experiment is served from now on, or its arms' shares are others.
 
         Args:
             shares: of the units, by arm; they add up to 1.
         """
+        self.arm_share.remove_by_labels({"experiment": experiment})  # of an earlier version's arms
         for arm, share in shares.items():
             self.arm_share.labels(experiment, arm).set(share)
             self.exposures.labels(experiment, arm)

@@ -65,6 +65,9 @@ class Receipt(Answerer):
         None, description="That the prompt is benign, as the unedited model sees it."
     )
     outcome: Outcome | None = Field(None, description="What the reply's text is judged to be.")
+    judge: str | None = Field(
+        None, description="Version of the judge that said so; null for a reply that calls a tool."
+    )
 
 
 class CalledFunction(BaseModel):

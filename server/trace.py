@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from server.engine.base import TokenTrace
 from server.profiles import finite
-from server.reply import Answer, Reply, TextToken
+from server.reply import Answer, Reply
+from server.reply_text import TextToken
 from server.responses import ChoiceReceipt, TracedReceipt, TracedToken
 
 

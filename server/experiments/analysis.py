@@ -24,8 +24,13 @@ from server.experiments.sequential import (
 )
 
 Score = Literal["refusal_score", "answer_probability"]
+Latency = Literal["ttft_seconds", "duration_seconds"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
 SCORES: tuple[Score, ...] = get_args(Score)
+LATENCIES: tuple[Latency, ...] = get_args(Latency)
+
+Figure = Metric | Score | Latency
+"""What an answer says something about."""
 
 STOPPING = ("guard_rail", "stopped", "profile_missing")
 """Events after which an arm gets no more units."""
@@ -34,12 +39,16 @@ SAMPLE_RATIO_ALPHA = 0.001
 """Probability of a false alarm over an experiment's whole life."""
 
 
-def measured(what: Metric | Score, record: AnswerRecord) -> float | None:
-    """What an answer says about a metric (0 or 1) or a score; None where it says nothing.
+def measured(what: Figure, record: AnswerRecord) -> float | None:
+    """What an answer says about a metric (0 or 1), a score or a latency; None where nothing.
 
     Answers that were not judged are in no rate, and prompts of another or an unknown class are in
-    none of `over_refusal` and `harmful_answer`.
+    none of `over_refusal` and `harmful_answer`. Answers that failed or were cut short have no
+    latency.
     """
+    if what in LATENCIES:
+        whole = record.finish_reason not in ("error", "cancelled")
+        return getattr(record, what) if whole else None
     if what == "refusal_score":
         return record.refusal_score
     if what == "answer_probability":
@@ -56,9 +65,9 @@ def measured(what: Metric | Score, record: AnswerRecord) -> float | None:
     return float(outcome == "answer") if record.prompt_class == "harmful" else None
 
 
-def extremes(what: Metric | Score) -> tuple[float, float] | None:
-    """Smallest and largest possible value; None for log-odds."""
-    return None if what == "refusal_score" else (0.0, 1.0)
+def extremes(what: Figure) -> tuple[float, float] | None:
+    """Smallest and largest possible value; None where there is none."""
+    return None if what == "refusal_score" or what in LATENCIES else (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Answers:
         unsticky: exposures whose request was its own unit.
         pairs: of exposures that shadows belong to, the answers by arm.
         stops: when arms were stopped, seconds since 1970.
-        crossed: units seen in two arms although no arm of theirs was stopped: a bug.
+        crossed: units seen in two arms: a bug.
         counts: records left out, by reason.
     """
 
@@ -125,7 +134,7 @@ class Answers:
     def arms(self) -> dict[str, int]:
         return {arm.name: i for i, arm in enumerate(self.experiment.arms)}
 
-    def series(self, what: Metric | Score, *, sticky: bool = True) -> Series:
+    def series(self, what: Figure, *, sticky: bool = True) -> Series:
         """Values of exposures."""
         records = self.exposures if sticky else self.unsticky
         if ("", sticky) not in self._series:
@@ -139,7 +148,7 @@ class Answers:
             self._series[what, sticky] = every.where(~np.isnan(values))
         return self._series[what, sticky]
 
-    def paired(self, what: Metric | Score, arm: str, *, sticky: bool = True) -> Series:
+    def paired(self, what: Figure, arm: str, *, sticky: bool = True) -> Series:
         """Differences of an arm's and control's answers to the same prompts."""
         control, index = self.experiment.control.name, self.arms[arm]
         rows = []
@@ -197,8 +206,6 @@ def select(
             unsticky.append(record)
         elif home.setdefault(record.unit, record.arm) == record.arm:
             exposures.append(record)
-        elif stops.get(home[record.unit], math.inf) <= _arrival(record):
-            counts["answers after their unit's arm was stopped"] += 1
         else:
             counts["answers of units seen in another arm before"] += 1
             crossed[record.unit] = None
@@ -217,7 +224,7 @@ def boundary(experiment: Experiment, *arms: str) -> Boundary:
 
 
 def arm_sequence(
-    answers: Answers, what: Metric | Score, arm: str, *, sticky: bool = True
+    answers: Answers, what: Figure, arm: str, *, sticky: bool = True
 ) -> ConfidenceSequence:
     """An arm's mean over time."""
     series = answers.series(what, sticky=sticky)
@@ -226,7 +233,7 @@ def arm_sequence(
     return mean_sequence(mine.values, mine.units, limits, extremes=extremes(what))
 
 
-def compared(answers: Answers, what: Metric | Score, arm: str) -> tuple[Series, ConfidenceSequence]:
+def compared(answers: Answers, what: Figure, arm: str) -> tuple[Series, ConfidenceSequence]:
     """The difference of an arm to control over time, of different units."""
     control = answers.experiment.control.name
     index, series = answers.arms, answers.before_stop(answers.series(what), arm, control)
@@ -242,7 +249,7 @@ def compared(answers: Answers, what: Metric | Score, arm: str) -> tuple[Series, 
 
 
 def compared_in_pairs(
-    answers: Answers, what: Metric | Score, arm: str, *, sticky: bool = True
+    answers: Answers, what: Figure, arm: str, *, sticky: bool = True
 ) -> tuple[Series, ConfidenceSequence]:
     """The difference of an arm to control over time, on the same prompts."""
     control = answers.experiment.control.name
@@ -256,8 +263,9 @@ def compared_in_pairs(
 def sample_ratio_p(answers: Answers) -> float:
     """Anytime-valid p-value of "units are spread over the arms as the weights say".
 
-    Counted are units when they first come. When an arm is stopped, its share goes to control and a
-    new test begins, whose evidence is added: the product of test martingales is one.
+    Counted are units when they first come. Units of an arm that was stopped are exposed to nothing,
+    so that from then on the others share what is left, and a new test begins, whose evidence is
+    added: the product of test martingales is one.
     """
     shares = list(answers.experiment.shares)
     index, seen = answers.arms, set()
@@ -277,6 +285,7 @@ def sample_ratio_p(answers: Answers) -> float:
         if stopped == 0:  # without a control nothing is compared
             break
         if stopped > 0:
-            shares[0], shares[stopped] = shares[0] + shares[stopped], 0.0
+            shares[stopped] = 0.0
+            shares = [share / math.fsum(shares) for share in shares]
         start = time
     return math.exp(-highest)

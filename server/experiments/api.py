@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Literal
@@ -22,6 +23,7 @@ from server.hosting import Host
 from server.openapi import errors
 from server.profiles import finite
 from server.responses import ArmCard, ExperimentCard, ExperimentEnded, ExperimentList
+from server.sse import ClientGoneError, unless_gone
 
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -153,14 +155,20 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         name: str,
         request: Request,
         format: Annotated[
-            Literal["json", "html", "text"], Query(description="Of the report.")
+            Literal["json", "html", "text", "plots"],
+            Query(description="Of the report; `plots` are its PNG files by name, in base64."),
         ] = "json",
         version: Annotated[int | None, Query(description="Default: the latest.")] = None,
     ) -> Response:
         experiment = seen(request, name).version(version)
         if not visible(Entry(experiment), caller_of(request).sees(host.profiles)):
             raise unknown_experiment(name, "name")
-        return await asyncio.to_thread(_report(host, experiment, format))
+        await request.body()  # so that what comes next is that the client has gone
+        made = recorder.reading.run(_report(host, experiment, format))
+        try:
+            return await unless_gone(made, request.receive)
+        except ClientGoneError:
+            return Response(status_code=499)  # nobody reads this
 
 
 def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Response]:
@@ -175,6 +183,9 @@ def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Res
             return page
         if format == "text":
             return PlainTextResponse(report.to_text())
+        if format == "plots":
+            files = {plot.file: base64.b64encode(plot.png).decode() for plot in report.plots()}
+            return JSONResponse(files)
         return JSONResponse(finite(dict(report.to_json())))
 
     return make

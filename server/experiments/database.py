@@ -108,14 +108,6 @@ class SeenExperiment:
     answers: int
 
 
-@dataclass(frozen=True)
-class Exposures:
-    """How often an arm answered a client, and for how many units."""
-
-    answers: int
-    units: int
-
-
 class Database:
     """Where the records of all replicas come together. Nothing is connected before it is used.
 
@@ -144,6 +136,9 @@ class Database:
                 connect_args={
                     "connect_timeout": 5,
                     "tcp_user_timeout": 20_000,
+                    "keepalives_idle": 10,
+                    "keepalives_interval": 5,
+                    "keepalives_count": 3,
                     "prepare_threshold": None,
                 },
             )
@@ -231,21 +226,6 @@ class Database:
         )
         with self._using(), self.engine.connect() as connection:
             return [SeenExperiment(*row) for row in connection.execute(query)]
-
-    def exposures(self, experiment: str, version: int) -> dict[str, Exposures]:
-        """By arm; shadows are no exposures."""
-        query = (
-            sa.select(answers.c.arm, sa.func.count(), sa.func.count(sa.distinct(answers.c.unit)))
-            .where(
-                answers.c.experiment == experiment,
-                answers.c.version == version,
-                answers.c.kind == "exposure",
-            )
-            .group_by(answers.c.arm)
-            .order_by(answers.c.arm)
-        )
-        with self._using(), self.engine.connect() as connection:
-            return {arm: Exposures(*row) for arm, *row in connection.execute(query)}
 
     def delete_answers(self, before: float) -> int:
         """Delete the answers older than a time (seconds since 1970), a page per transaction.

@@ -40,7 +40,7 @@ class Arm(_Definition):
     name: Name
     profile: str
     strength: Annotated[float, Field(ge=-1e4, le=1e4)] | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
 
 
 class GuardRail(_Definition):
@@ -71,11 +71,14 @@ class Experiment(_Definition):
         margin: differences of rates smaller than this do not matter.
         alpha: probability of a wrong verdict, over the experiment's whole life.
         metric: what the verdict is about.
+        better: whether an arm is better with less or more of it. Less over-refusal, fewer harmful
+            answers and fewer broken replies are better whatever is asked; fewer refusals of all
+            prompts are only where most of those are benign.
         creator: id of the key that made it, whose profiles its arms may use; "" for the settings.
     """
 
     name: Name
-    version: Annotated[int, Field(ge=1)] = 1
+    version: Annotated[int, Field(ge=1, lt=2**31)] = 1
     arms: Annotated[tuple[Arm, ...], Field(min_length=2, max_length=8)]
     unit: Annotated[tuple[UnitSource, ...], Field(min_length=1)] = (
         "safety_identifier",
@@ -90,7 +93,8 @@ class Experiment(_Definition):
     end: datetime | None = None
     guard_rails: tuple[GuardRail, ...] = ()
     metric: Metric = "refusal"
-    horizon: Annotated[int, Field(ge=10)] = 1000
+    better: Literal["lower", "higher"] = "lower"
+    horizon: Annotated[int, Field(ge=10, le=10**9)] = 1000
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.02
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     creator: str = ""
@@ -109,6 +113,8 @@ class Experiment(_Definition):
             raise ValueError("two arms have the same name")
         if self.start is not None and self.end is not None and self.end <= self.start:
             raise ValueError("the end must lie after the start")
+        if self.better == "higher" and self.metric != "refusal":
+            raise ValueError(f"more {self.metric} is never better; leave 'better' out")
         return self
 
     @property

@@ -140,6 +140,16 @@ class GuardMaker(Protocol):
     def __call__(self, experiment: Experiment, /) -> Guard: ...
 
 
+class Plot(Protocol):
+    """A PNG, and the name of a file for it."""
+
+    @property
+    def file(self) -> str: ...
+
+    @property
+    def png(self) -> bytes: ...
+
+
 class Report(Protocol):
     """What an experiment has shown so far."""
 
@@ -148,6 +158,8 @@ class Report(Protocol):
     def to_text(self) -> str: ...
 
     def to_html(self) -> str: ...
+
+    def plots(self) -> Sequence[Plot]: ...
 
 
 class ReportMaker(Protocol):

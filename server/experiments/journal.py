@@ -80,6 +80,7 @@ class Journal:
         self._lock = threading.Lock()
         self._file: int | None = None
         self._live: Path | None = None
+        self._number = 0
         self._size = 0
         self._opened = 0.0
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -178,9 +179,11 @@ class Journal:
         if not self._owner.is_locked:
             self._own()
         known = self.segments()
-        number = int(known[-1].stem) + 1 if known else 1
+        # No number twice: a reader that has read a segment to its end, and deleted it, looks at no
+        # other of that name.
+        self._number = max(self._number, int(known[-1].stem) if known else 0) + 1
         # Before the file exists, so that no reader takes it for an ended one.
-        self._live = self.folder / f"{number:012}.jsonl"
+        self._live = self.folder / f"{self._number:012}.jsonl"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         try:
             self._file = os.open(self._live, flags, 0o600)

@@ -11,7 +11,8 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from server.experiments.definitions import Arm, Experiment
 from server.experiments.interfaces import JUDGED_LATER, Fired, Guard, with_judgements
 from server.experiments.judging import Job, LaterJudge
+from server.experiments.reading import Reading
 from server.experiments.records import AnswerRecord, EventRecord, Kind
 from server.experiments.registry import Entry, Stop
 from server.experiments.shadow import Shadows
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_SECONDS = 10.0
 """How often other replicas' events are looked for."""
+START_SECONDS = 10.0
+"""How long a start waits for the database to say what happened before; else it is heard later."""
 STOPPING = frozenset({"guard_rail", "stopped"})
 
 
@@ -45,7 +49,11 @@ class Recorder:
         self.metrics = metrics
         self.shadows = Shadows(host, metrics, self._shadow_ended)
         self._guards: dict[tuple[str, int], Guard] = {}
+        self.reading = Reading()
         self._fired: set[str] = set()
+        self._unseen: set[tuple[str, int]] = set()
+        """Versions whose guard has not seen yet what was on record at the start."""
+        self._blind = False
         self._judge: LaterJudge | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -59,14 +67,19 @@ class Recorder:
         self._loop = asyncio.get_running_loop()
         if self.host.classifier is not None:
             self._judge = LaterJudge(self.host.classifier)
+        lasting = []
         for entry in self.host.experiments:
             for arm, stop in entry.stopped.items():
                 self._record_event(entry.experiment, stop.kind, arm, dict(stop.detail), stop.time)
-            if self.host.experiments.status(entry) == "ended":
-                continue
-            self._record_event(entry.experiment, "registered", None, {})
-            await self._adopt(entry)
-            await self._guard_again(entry.experiment)
+            if self.host.experiments.status(entry) != "ended":
+                self._record_event(entry.experiment, "registered", None, {})
+                lasting.append(entry)
+                if entry.experiment.guard_rails:
+                    self._unseen.add(_key(entry.experiment))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                for entry in lasting:
+                    await self._catch_up(entry)
         self._spawn(self._follow())
 
     async def close(self) -> None:
@@ -104,6 +117,7 @@ class Recorder:
         if not self.host.experiments.stop(experiment.name, experiment.version, arm, stop):
             return False
         logger.warning("experiment %s: the arm %s was stopped", experiment.name, arm)
+        self._announce(self.host.experiments.find(experiment.name))
         if stop.kind == "guard_rail":
             self.metrics.guardrail_stops.labels(experiment.name, arm).inc()
         self._record_event(experiment, stop.kind, arm, dict(stop.detail))
@@ -118,10 +132,7 @@ class Recorder:
                 logger.error("--experiments-state cannot be written: %s", error)
 
     def _announce(self, entry: Entry) -> None:
-        experiment = entry.experiment
-        names = [arm.name for arm in experiment.arms]
-        shares = dict(zip(names, experiment.shares, strict=True))
-        self.metrics.add_experiment(experiment.name, shares)
+        self.metrics.add_experiment(entry.experiment.name, entry.shares)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -239,7 +250,7 @@ class Recorder:
             self._fire(entry.experiment, fired)
 
     def _guard(self, experiment: Experiment) -> Guard:
-        key = experiment.name, experiment.version
+        key = _key(experiment)
         if key not in self._guards:
             for old in [k for k in self._guards if k[0] == experiment.name]:
                 del self._guards[old]
@@ -259,48 +270,59 @@ class Recorder:
             logger.error("experiment %s: a guard-rail fired on the control", experiment.name)
             self._record_event(experiment, "guard_rail", fired.arm, detail)
 
-    async def _guard_again(self, experiment: Experiment) -> None:
-        """Show a new guard what is on record, so that a restart gives no arm a second chance."""
-        if not experiment.guard_rails:
-            return
-        try:
-            answers = await asyncio.to_thread(
-                lambda: with_judgements(
-                    self.host.records.answers(experiment.name, experiment.version)
-                )
-            )
-        except Exception:
-            logger.exception("experiment %s: its guard starts anew", experiment.name)
-            return
-        for record in answers:
-            self._feed(record)
-
     # Other replicas, and this one before a restart.
 
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
-            for entry in self.host.experiments.running():
-                await self._adopt(entry)
+            # Without a database nobody else writes what this process reads.
+            if self.host.records.state != "off" or self._unseen:
+                for entry in self.host.experiments.running():
+                    await self._catch_up(entry)
 
-    async def _adopt(self, entry: Entry) -> None:
-        """Do what the events on record say was done."""
-        experiment, registry = entry.experiment, self.host.experiments
+    async def _catch_up(self, entry: Entry) -> None:
+        """Do what the events on record say was done, and show a new guard the answers on record, so
+        that a restart gives no arm a second chance."""
+        experiment, records = entry.experiment, self.host.records
+        name, version = key = _key(experiment)
         try:
-            events = await asyncio.to_thread(
-                lambda: list(self.host.records.events(experiment.name, experiment.version))
+            self._adopt(
+                experiment, await self.reading.run(lambda: list(records.events(name, version)))
             )
-        except Exception:
-            logger.exception("the events of experiment %s cannot be read", experiment.name)
-            return
+            if key in self._unseen:
+                answers = await self.reading.run(
+                    lambda: with_judgements(records.answers(name, version))
+                )
+                self._unseen.discard(key)
+                self._guards.pop(key, None)  # it has seen some of these
+                for record in answers:
+                    self._feed(record)
+        except Exception as error:
+            if not self._blind:  # once, not at each attempt
+                logger.warning("experiment %s: its records cannot be read: %s", name, error)
+            self._blind = True
+        else:
+            self._blind = False
+
+    def _adopt(self, experiment: Experiment, events: Sequence[EventRecord]) -> None:
+        registry = self.host.experiments
         for event in events:
             if event.kind in STOPPING and event.arm is not None:
                 stop = Stop(event.time, event.kind, event.detail)
-                registry.stop(experiment.name, experiment.version, event.arm, stop)
+                if registry.stop(experiment.name, experiment.version, event.arm, stop):
+                    logger.warning(
+                        "experiment %s: the arm %s is stopped, as is on record",
+                        experiment.name, event.arm,
+                    )  # fmt: skip
+                    self._announce(registry.find(experiment.name))
             elif event.kind == "removed":
                 current = registry.find(experiment.name)
                 if current.experiment == experiment and current.ended is None:
                     registry.put(replace(current, ended=event.time))
+
+
+def _key(experiment: Experiment) -> tuple[str, int]:
+    return experiment.name, experiment.version
 
 
 def prompt_text(reply: Reply) -> str | None:
@@ -316,5 +338,4 @@ def prompt_text(reply: Reply) -> str | None:
 
 
 def _is_of(entry: Entry, record: AnswerRecord) -> bool:
-    experiment = entry.experiment
-    return (experiment.name, experiment.version) == (record.experiment, record.version)
+    return _key(entry.experiment) == (record.experiment, record.version)

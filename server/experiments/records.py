@@ -73,11 +73,11 @@ class AnswerRecord:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """Something that happened to an experiment: a guard-rail fired, an arm was stopped or started.
+    """Something that happened to an experiment: it began, an arm was stopped.
 
     Args:
         id: unique, as above.
-        kind: `guard_rail`, `stopped`, `started`, `registered`, `removed`.
+        kind: `guard_rail`, `stopped`, `profile_missing`, `registered`, `removed`.
         detail: figures for people.
     """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -74,6 +75,13 @@ class Entry:
             return "ended"
         early = experiment.start is not None and moment < experiment.start
         return "scheduled" if early else "running"
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Expected share of each arm among exposed units; stopped ones get none any more."""
+        left = {a.name: 0.0 if a.name in self.stopped else a.weight for a in self.experiment.arms}
+        total = math.fsum(left.values())
+        return {name: weight / total for name, weight in left.items()}
 
     def version(self, number: int | None) -> Experiment:
         """The latest version, or the one of this number. Raises NotFoundError."""

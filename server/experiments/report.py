@@ -1,7 +1,8 @@
 """What an experiment has shown so far: rates, differences, verdicts; as JSON and as text.
 
-Lower counts as better for every metric: fewer refusals, fewer answers to harmful prompts, fewer
-broken replies. Whoever wants more refusals of harmful prompts tests `harmful_answer`.
+Lower counts as better: less over-refusal, fewer answers to harmful prompts, fewer broken replies.
+Refusals of all prompts are good or bad by what was asked, which the definition says (`better`). A
+verdict is on one metric; a warning names each other one by which the arm is surely worse.
 """
 
 from __future__ import annotations
@@ -9,28 +10,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from server.experiments import analysis
-from server.experiments.analysis import METRICS, SCORES, Answers, Score
+from server.experiments.analysis import LATENCIES, METRICS, SCORES, Answers, Figure, Score
 from server.experiments.correction import Corrector
 from server.experiments.definitions import Arm, Experiment, Metric
 from server.experiments.records import AnswerRecord, EventRecord
+from server.experiments.report_warnings import warnings_of
 from server.experiments.sequential import ConfidenceSequence, Floats, rate_bounds
 from server.experiments.verdict import Decision, decide
 from steering.evaluate.statistics import holm, mcnemar
 from steering.judge_set import Card
 
+if TYPE_CHECKING:
+    from server.experiments.report_plots import Plot
+
 MOST_LOOKS = 200
 """Of a confidence sequence in a report; all looks are paid for, these are drawn."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Comparison:
     """One arm less control, of different units (`exposures`) or on the same prompts (`shadows`).
 
     Args:
-        differences: of rates and scores, as the judge saw them.
+        differences: of rates and mean scores, as the judge saw them, and of mean latencies.
         corrected: of rates, where each profile has its own figures of the judge's errors.
         p: of the experiment's metric against zero, anytime-valid; `holm_p` adjusted for the arms.
         looks: at the experiment's metric, over time.
@@ -190,10 +193,18 @@ class Report:
         return "\n".join(lines(self)) + "\n"
 
     def to_html(self) -> str:
-        """One page that needs nothing else. Without matplotlib (extra `eval`) it has no plots."""
+        """One page that needs nothing else, with the plots in it."""
         from server.experiments.report_page import page
 
         return page(self)
+
+    def plots(self) -> list[Plot]:
+        """As PNG; none without matplotlib (extra `eval`)."""
+        if find_spec("matplotlib") is None:
+            return []
+        from server.experiments.report_plots import draw
+
+        return draw(self)
 
 
 def make_report(
@@ -237,7 +248,7 @@ def make_report(
         [e for e in events if (e.experiment, e.version) == (experiment.name, experiment.version)],
         (),
     )
-    return dataclasses.replace(report, warnings=tuple(_warnings(report, answers, corrector)))
+    return dataclasses.replace(report, warnings=tuple(warnings_of(report, answers, corrector)))
 
 
 def _arm(answers: Answers, arm: Arm, corrector: Corrector) -> ArmReport:
@@ -294,8 +305,10 @@ def _comparisons(
     experiment = answers.experiment
     metric, control = experiment.metric, experiment.control.name
     compare = analysis.compared_in_pairs if paired else analysis.compared
+    # Shadows wait for everybody else: their latencies say nothing.
+    figures: tuple[Figure, ...] = (*METRICS, *SCORES, *(() if paired else LATENCIES))
     found = {
-        arm.name: {what: compare(answers, what, arm.name) for what in (*METRICS, *SCORES)}
+        arm.name: {what: compare(answers, what, arm.name) for what in figures}
         for arm in experiment.arms[1:]
     }
     if paired:
@@ -316,13 +329,16 @@ def _comparisons(
             alpha=experiment.alpha,
             margin=experiment.margin,
             limits=analysis.boundary(experiment, arm, control),
+            better=experiment.better,
         )
+        if ended or {arm, control} & answers.stops.keys():  # no more will come
+            decision = dataclasses.replace(decision, more_units=None)
         # How units were spread does not matter where both arms answered the same prompts.
         if ratio.mismatch and not paired:
             why = f"units are not spread as the weights say (p = {ratio.p:.2g}): find out why"
             decision = Decision("blocked", why)
         differences: dict[str, Interval] = {
-            what: _interval(result, None if what == "refusal_score" else (-1.0, 1.0))
+            what: _interval(result, None if analysis.extremes(what) is None else (-1.0, 1.0))
             for what, (_, result) in each.items()
         }
         corrected = {} if paired else _corrected(answers, corrector, arm)
@@ -399,35 +415,6 @@ def _looks(sequence: ConfidenceSequence, times: Floats) -> list[Look]:
     ]
 
 
-def _warnings(report: Report, answers: Answers, corrector: Corrector) -> Iterator[str]:
-    if report.sample_ratio.mismatch:
-        yield (
-            f"Units are not spread over the arms as the weights say (p = "
-            f"{report.sample_ratio.p:.2g}): something loses or adds answers of some "
-            "arms. No verdict on exposures stands."
-        )
-    if answers.crossed:
-        yield (
-            f"{len(answers.crossed)} units were seen in more than one arm, which assignment never "
-            "does: a bug, or servers that differ. Only answers of a unit's first arm count."
-        )
-    if answers.unsticky:
-        yield (
-            f"{len(answers.unsticky)} requests said nothing of who asks: each is its own unit, may "
-            "meet another arm next time, and is left out of the comparison."
-        )
-    shares = [arm.unjudged / arm.answers for arm in report.arms if arm.answers]
-    if shares and max(shares) - min(shares) > 0.02:
-        yield (
-            "The arms differ in how many answers were not judged ("
-            + ", ".join(
-                f"{arm.name} {arm.unjudged / arm.answers:.1%}" for arm in report.arms if arm.answers
-            )
-            + "): rates are of those that were."
-        )
-    yield from corrector.warnings
-
-
 def _last(values: Floats, default: float) -> float:
     return float(values[-1]) if len(values) else default
 
@@ -449,9 +436,3 @@ def _plain(value: Any) -> Any:
 def when(seconds: float) -> str:
     """A time for people."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def write_page(report: Report, path: Path) -> Path:
-    """Write the report's page."""
-    path.write_text(report.to_html(), "utf-8")
-    return path

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 from server.experiments.report import Report, when
@@ -28,20 +28,10 @@ from steering.evaluate.page import CSS
 
 def page(report: Report) -> str:
     """The page's HTML, with plots where matplotlib (extra `eval`) is installed."""
-    return "\n".join(_page(report, _plots(report))) + "\n"
+    return "\n".join(_page(report)) + "\n"
 
 
-def _plots(report: Report) -> Mapping[str, bytes]:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return {}
-    from server.experiments.report_plots import draw
-
-    return draw(report)
-
-
-def _page(report: Report, plots: Mapping[str, bytes]) -> Iterator[str]:
+def _page(report: Report) -> Iterator[str]:
     title, control = f"Experiment {report.experiment.name}", report.experiment.control.name
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield f"<title>{escape(title)}</title>"
@@ -58,10 +48,10 @@ def _page(report: Report, plots: Mapping[str, bytes]) -> Iterator[str]:
         line = "On the same prompts, " + verdict_line(comparison, control)
         yield f"<p>{_tag(comparison.decision.verdict)} {escape(line)}</p>"
     yield f"<p>{escape(sample_ratio_line(report))}</p>"
-    if plots:
+    if plots := report.plots():
         yield '<div class="plots">'
-        for caption, data in plots.items():
-            text, encoded = escape(caption), base64.b64encode(data).decode()
+        for plot in plots:
+            text, encoded = escape(plot.caption), base64.b64encode(plot.png).decode()
             yield f'<figure><img alt="{text}" src="data:image/png;base64,{encoded}">'
             yield f"<figcaption>{text}</figcaption></figure>"
         yield "</div>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -13,32 +14,47 @@ from server.experiments.report_text import LABELS
 from steering.evaluate.plots import COLOURS, MARKERS, STYLE
 
 
-def draw(report: Report) -> dict[str, bytes]:
-    """PNG files by caption."""
-    found = {}
+@dataclass(frozen=True)
+class Plot:
+    """One picture.
+
+    Args:
+        file: name that it may be kept under.
+    """
+
+    file: str
+    caption: str
+    png: bytes
+
+
+def draw(report: Report) -> list[Plot]:
+    """A confidence sequence over time for each comparison that has one, and the arms' rates."""
+    found = []
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]  # its keys are literals
-        for caption, figure in _figures(report):
+        for name, caption, figure in _figures(report):
             file = io.BytesIO()
             figure.savefig(file, format="png", metadata={"Software": None})
-            found[caption] = file.getvalue()
+            found.append(Plot(f"{name}.png", caption, file.getvalue()))
     return found
 
 
-def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
+def _figures(report: Report) -> Iterator[tuple[str, str, Figure]]:
     control, metric = report.experiment.control.name, LABELS[report.experiment.metric]
-    for kind, comparisons in (
-        ("of different units", report.comparisons),
-        ("on the same prompts", report.shadows),
+    for end, kind, comparisons in (
+        ("units", "of different units", report.comparisons),
+        ("prompts", "on the same prompts", report.shadows),
     ):
         for comparison in comparisons:
             if comparison.looks:
                 yield (
+                    f"{comparison.arm}-{end}",
                     f"{comparison.arm} less {control}, {metric}, {kind}: estimate and confidence "
                     "sequence over time; the dotted lines are the margin.",
                     sequence(report, comparison),
                 )
     if any(rate.n for arm in report.arms for rate in arm.rates.values()):
         yield (
+            "rates",
             "Rates by arm; the lines are confidence sequences, none where units are few.",
             rates(report),
         )

@@ -14,6 +14,10 @@ LABELS = {
     "refusal_score": "refusal score",
     "answer_probability": "answer probability",
 }
+SECONDS = {
+    "ttft_seconds": "first token, mean seconds",
+    "duration_seconds": "whole answer, mean seconds",
+}
 
 Rows = list[list[str]]
 
@@ -26,8 +30,8 @@ def headline(report: Report) -> str:
     early = experiment.start is not None and report.time < experiment.start.timestamp()
     state = "ended" if over else "scheduled" if early else "running"
     return (
-        f"Version {experiment.version}, {state}, {when(report.time)}. Metric: {experiment.metric}; "
-        f"margin {experiment.margin:g}, alpha {experiment.alpha:g}."
+        f"Version {experiment.version}, {state}, {when(report.time)}. Metric: {experiment.metric}, "
+        f"{experiment.better} is better; margin {experiment.margin:g}, alpha {experiment.alpha:g}."
     )
 
 
@@ -107,7 +111,7 @@ def difference_rows(comparisons: Sequence[Comparison]) -> Rows:
         corrected = {str(metric): bounds for metric, bounds in comparison.corrected.items()}
         for what, interval in comparison.differences.items():
             of = f"{interval.n} values, {interval.units} units"
-            row = [comparison.arm, LABELS[what], shown(interval, sign=True), of]
+            row = [comparison.arm, (LABELS | SECONDS)[what], shown(interval, sign=True), of]
             rows.append([*row, shown(corrected.get(what), sign=True)])
     return rows
 
@@ -135,7 +139,7 @@ def shown(figure: Interval | Bounds | None, *, sign: bool = False) -> str:
 
 INTERVALS = (
     "Intervals in brackets are confidence sequences: they hold at every look, at once for all "
-    "arms compared to control. They are clustered by unit. Lower counts as better."
+    "arms compared to control. They are clustered by unit."
 )
 NOT_CORRECTED = (
     "Differences are as the judge saw them: judges err differently on different profiles, so that "

@@ -226,6 +226,10 @@ def difference_sequence(
     of both (the paper's average treatment effect of a randomised experiment, with the arms' shares
     in place of propensities).
 
+    Of the two errors that are right where the arms are alike, each arm's own spread and the spread
+    of both, the larger counts. They are one where the arms are of one size; in an arm much smaller
+    than the other, its own spread is too small just when it has had few refusals by chance.
+
     Args:
         values, units, treated: `[N]`, both arms in the order of time.
     """
@@ -237,14 +241,18 @@ def difference_sequence(
     i, j = np.cumsum(treated) - 1, np.cumsum(~treated) - 1
     both = np.flatnonzero((i >= 0) & (j >= 0))
     i, j = i[both], j[both]
+    n, e, m, f = one.n[i], one.effective[i], other.n[j], other.effective[j]
+    spread, others = np.square(one.se[i]) * e, np.square(other.se[j]) * f
+    apart = spread / e + others / f
+    pooled = (n * spread + m * others) / (n + m) * (1 / e + 1 / f)
     return _sequence(
         boundary,
         both,
-        one.n[i] + other.n[j],
+        n + m,
         one.units[i] + other.units[j],
-        np.minimum(one.effective[i], other.effective[j]),
+        np.minimum(e, f),
         one.mean[i] - other.mean[j],
-        np.hypot(one.se[i], other.se[j]),
+        np.sqrt(np.maximum(apart, pooled)),
     )
 
 

@@ -28,9 +28,15 @@ class Decision:
 
 
 def decide(
-    sequence: ConfidenceSequence, p: float, *, alpha: float, margin: float, limits: Boundary
+    sequence: ConfidenceSequence,
+    p: float,
+    *,
+    alpha: float,
+    margin: float,
+    limits: Boundary,
+    better: Literal["lower", "higher"] = "lower",
 ) -> Decision:
-    """The verdict on one arm; of rates that are better when lower.
+    """The verdict on one arm.
 
     *No difference* where the interval was ever within the margin: a difference may be proven and
     still be too small to matter. *Better* or *worse* where p is at most alpha, in the direction of
@@ -41,6 +47,7 @@ def decide(
         p: anytime-valid, adjusted for the number of arms.
         margin: differences smaller than this do not matter.
         limits: with which the sequence was made.
+        better: which rate is.
     """
     known = np.isfinite(sequence.se)
     if not known.any():
@@ -48,9 +55,9 @@ def decide(
     if np.any(known & (sequence.low > -margin) & (sequence.high < margin)):
         return Decision("no difference", f"the interval is within {margin:g} of zero")
     if p <= alpha:
-        lower = sequence.estimate[int(np.argmin(sequence.p))] < 0
-        word = "lower" if lower else "higher"
-        return Decision("better" if lower else "worse", f"the rate is {word} (p = {p:.2g})")
+        word = "lower" if sequence.estimate[int(np.argmin(sequence.p))] < 0 else "higher"
+        verdict: Verdict = "better" if word == better else "worse"
+        return Decision(verdict, f"the rate is {word} (p = {p:.2g})")
     return Decision(
         "inconclusive", "the interval holds zero and more than the margin", _more(
             sequence, margin, limits

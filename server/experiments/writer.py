@@ -152,7 +152,8 @@ class DatabaseWriter:
         self._batch = None
         self._moved += batch.lines
         if batch.lines < BATCH:
-            self._level = time.monotonic()
+            if batch.lines or not self.pending:
+                self._level = time.monotonic()
             self._sweep()
         return batch.lines > 0
 

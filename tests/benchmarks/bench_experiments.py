@@ -33,6 +33,8 @@ def main() -> None:
     for name, source in {
         "rate 0.15, a request a unit": same,
         "rate 0.02, a request a unit": independent(0.02, 0.02, N),
+        "rate 0.02, one arm a tenth of all": independent(0.02, 0.02, N, share=0.1),
+        "rate 0.95, one arm a tenth of all": independent(0.95, 0.95, N, share=0.1),
         "400 units that return, rates from Beta(1, 5)": returning(1, 5, 400, N),
         "80 units that return, rates nearly alike": returning(150, 850, 80, N),
         "400 units, few of them send most requests": returning(1, 5, 400, N, heavy=True),

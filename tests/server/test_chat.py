@@ -33,7 +33,7 @@ from tests.server.fakes import (
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 RECEIPT = {
     "profile", "fingerprint", "strength", "experiment", "arm",
-    "refusal_score", "answer_probability", "benign_probability", "outcome",
+    "refusal_score", "answer_probability", "benign_probability", "outcome", "judge",
 }  # fmt: skip
 
 
@@ -115,6 +115,7 @@ def test_the_reply_carries_a_receipt_streamed_or_not() -> None:
     assert receipt["refusal_score"] == -3.5
     assert receipt["answer_probability"] == 0.9 and receipt["benign_probability"] == 0.8
     assert receipt["outcome"] == "answer"
+    assert receipt["judge"] == "unknown"  # a function, which has no version
     chunks: Any = ask_streaming(extra_body={"steering": {"profile": "bold"}})
     assert [getattr(chunk, "steering", None) for chunk in chunks[:-1]] == [None] * len(chunks[:-1])
     assert chunks[-1].steering == receipt
@@ -312,7 +313,7 @@ def test_a_judge_that_fails_costs_the_outcome_only() -> None:
         raise RuntimeError
 
     receipt = post(host=make_host(judge=broken)).json()["steering"]
-    assert receipt["outcome"] is None and receipt["refusal_score"] == -3.5
+    assert receipt["outcome"] is receipt["judge"] is None and receipt["refusal_score"] == -3.5
 
 
 def test_the_judge_reads_the_whole_reply() -> None:

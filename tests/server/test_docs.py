@@ -9,6 +9,7 @@ import pytest
 
 from server.app import create_app
 from server.cli import make_parser
+from server.experiments.definitions import Arm, Experiment, GuardRail
 from server.metrics import Metrics
 from server.settings import Settings, flag
 from tests.server.fakes import make_host
@@ -45,10 +46,18 @@ def needed() -> dict[str, list[str]]:
         "endpoints": endpoints(),
         "commands": commands(),
         "metrics": Metrics([]).names,
+        "fields of an experiment": [
+            f"`{name}`"
+            for model in (Experiment, Arm, GuardRail)
+            for name in model.model_fields
+            if name != "creator"  # set by the server
+        ],
     }
 
 
-@pytest.mark.parametrize("kind", ["settings", "endpoints", "commands", "metrics"])
+@pytest.mark.parametrize(
+    "kind", ["settings", "endpoints", "commands", "metrics", "fields of an experiment"]
+)
 def test_the_readme_names_every_one_of_the(kind: str) -> None:
     text = README.read_text("utf-8")
     missing = [name for name in needed()[kind] if name not in text]

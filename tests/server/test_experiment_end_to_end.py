@@ -11,6 +11,7 @@ import pytest
 
 from server.cli import main
 from steering.demo.corpus import prompts
+from steering.judge import JUDGE_VERSION
 from tests.server.test_keys_live import Server
 
 UNITS = 160
@@ -42,7 +43,7 @@ def test_traffic_alone_brings_the_right_verdict(
                 user=f"user-{i}",
             )
             receipt = reply.steering  # type: ignore[attr-defined]
-            assert receipt["experiment"] == "trial"
+            assert receipt["experiment"] == "trial" and receipt["judge"] == JUDGE_VERSION
             assert receipt["profile"] == {"control": "raw", "treated": "llm-va"}[receipt["arm"]]
             return receipt["arm"], receipt["outcome"]
 

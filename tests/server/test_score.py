@@ -46,7 +46,7 @@ def test_a_score_is_what_a_reply_under_the_same_steering_tells() -> None:
                 found, receipt = told.json(), answer.json()["steering"]
                 for name in ("refusal_score", "benign_probability", "answer_probability"):
                     assert found[name] == pytest.approx(receipt[name], abs=1e-4), name
-                for name in receipt.keys() - {"outcome", "experiment", "arm"}:
+                for name in receipt.keys() - {"outcome", "judge", "experiment", "arm"}:
                     assert type(found[name]) is type(receipt[name]), name
                 assert found["fingerprint"] == receipt["fingerprint"]
                 assert found["edit_norm"] > 0 or steering != both

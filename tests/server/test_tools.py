@@ -176,7 +176,7 @@ def test_a_tool_call_is_an_answer_to_the_judge(stream: bool) -> None:
         receipt = ask_streaming(host, tools=[WEATHER])[-1].steering  # type: ignore[attr-defined]
     else:
         receipt = ask(host, tools=[WEATHER]).steering  # type: ignore[attr-defined]
-    assert receipt["outcome"] == "answer" and not judged
+    assert receipt["outcome"] == "answer" and receipt["judge"] is None and not judged
     ask(host, tools=[TIME])  # the same text is no call of this tool
     assert judged == [f"<tool_call>{PARIS}</tool_call>"]
 

@@ -4,11 +4,15 @@ client has."""
 from __future__ import annotations
 
 import signal
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx2
 import openai
+import psycopg
+import pytest
 
 from server.experiments.database import Database
 from tests.server.live import wait_until
@@ -88,3 +92,52 @@ def test_two_replicas_agree_and_a_killed_one_loses_nothing(
     finally:
         one.close()
         other.close()
+
+
+def test_a_postgresql_that_hangs_holds_up_no_answer_no_start_and_no_end(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    """Somebody holds its tables: every question is taken and none answered."""
+    url = postgres.new_database()
+    config = tmp_path / "serve.toml"
+    config.write_text(DEFINITION)
+    database = Database(url)
+    database.migrate()
+
+    def serve() -> Server:
+        return Server(
+            "--config", config, "--experiments-journal", tmp_path / "one", "--experiments-db", url
+        )
+
+    with psycopg.connect(url) as holder:
+        holder.execute("LOCK TABLE experiment_answers, experiment_events IN ACCESS EXCLUSIVE MODE")
+        server = serve()
+        report = f"{server.address}/v1/experiments/trial/report"
+        try:
+            with ThreadPoolExecutor(40) as pool:
+
+                def look(_: int) -> None:
+                    with pytest.raises(httpx2.ReadTimeout):
+                        httpx2.get(report, timeout=5)
+
+                looks = [pool.submit(look, i) for i in range(40)]
+                time.sleep(0.5)
+                found = [ask(server, f"user-{i}") for i in range(5)]
+                for task in looks:
+                    task.result()
+            assert all(found) and httpx2.get(f"{server.address}/health").status_code == 200
+        finally:
+            began = time.monotonic()
+            assert server.close() == 0
+            assert time.monotonic() - began < 25
+        holder.rollback()
+    again = serve()  # moves what the journal has kept
+    try:
+        assert (
+            httpx2.get(report.replace(server.address, again.address), timeout=60).status_code == 200
+        )
+        ids = [record.id for record in database.answers("trial", 1)]
+        assert sorted(ids) == sorted(each[0] for each in found if each is not None)
+    finally:
+        again.close()
+        database.close()

@@ -18,7 +18,6 @@ from server.experiments.database import (
     VERSION_TABLE,
     Database,
     DatabaseError,
-    Exposures,
     SeenExperiment,
     metadata,
 )
@@ -65,16 +64,13 @@ def test_pages_are_seamless_where_times_are_equal(url: str) -> None:
     database.close()
 
 
-def test_it_says_which_experiments_there_are_and_who_was_exposed(url: str) -> None:
+def test_it_says_which_experiments_there_are(url: str) -> None:
     database = Database(url)
     database.migrate()
     database.write(
         [
-            answer(1, unit="x"),
-            answer(2, unit="x"),
-            answer(3, unit="y"),
-            answer(4, arm="b", unit="z"),
-            answer(5, arm="b", unit="x", kind="shadow", pair="chatcmpl-000001"),
+            *(answer(i) for i in range(1, 5)),
+            answer(5, arm="b", kind="shadow", pair="chatcmpl-000001"),
             answer(6, version=2),
         ]
     )
@@ -83,8 +79,6 @@ def test_it_says_which_experiments_there_are_and_who_was_exposed(url: str) -> No
         SeenExperiment("tone", 1, start + 1, start + 5, 5),
         SeenExperiment("tone", 2, start + 6, start + 6, 1),
     ]
-    assert database.exposures("tone", 1) == {"a": Exposures(3, 2), "b": Exposures(1, 1)}
-    assert database.exposures("none", 1) == {}
     database.close()
 
 

@@ -36,11 +36,11 @@ class Found:
     median: float
 
 
-def independent(control: float, arm: float, n: int) -> Source:
-    """One request a unit, the arms in equal shares."""
+def independent(control: float, arm: float, n: int, *, share: float = 0.5) -> Source:
+    """One request a unit, `share` of them the arm's."""
 
     def draw(rng: np.random.Generator) -> Draw:
-        treated = rng.random(n) < 0.5
+        treated = rng.random(n) < share
         values = rng.random(n) < np.where(treated, arm, control)
         return values.astype(float), np.arange(n), treated
 

@@ -18,6 +18,7 @@ from server.experiments import registry as registry_module
 from server.experiments.definitions import Experiment
 from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.registry import Registry
+from server.experiments.report_plots import Plot
 from server.hosting import Host
 from server.settings import SettingsError, load_settings
 from steering.judge import JUDGE_VERSION
@@ -99,6 +100,11 @@ def test_a_changed_definition_is_the_next_version_with_records_of_its_own() -> N
         ({"arms": ARMS[:1]}, 400, "arms"),
         ({"coverage": 2}, 400, "coverage"),
         ({"unit": ["cookie"]}, 400, "unit[0]"),
+        ({"arms": [{**arm, "weight": 1e308} for arm in ARMS]}, 400, "arms[0].weight"),
+        ({"arms": [ARMS[0], {**ARMS[1], "weight": 1e-300}]}, 400, "arms[1].weight"),
+        ({"arms": [ARMS[0], {**ARMS[1], "weight": 0}]}, 400, "arms[1].weight"),
+        ({"horizon": 10**400}, 400, "horizon"),
+        ({"alpha": 0.0}, 400, "alpha"),
         ({"colour": "red"}, 400, "colour"),
     ],
 )
@@ -326,6 +332,9 @@ class Counted:
     def to_html(self) -> str:
         return f"<h1>{self.experiment.name}</h1>"
 
+    def plots(self) -> list[Plot]:
+        return [Plot("rates.png", "Rates", b"PNG")] if self.records else []
+
 
 def reporting() -> Host:
     host = hosting(experiment())
@@ -355,10 +364,15 @@ def test_a_report_is_json_a_page_or_text() -> None:
     assert [r.status_code for r in (wrong, version, missing)] == [400, 404, 404]
 
 
-def test_the_command_prints_a_running_servers_report(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_running_servers_report(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with live_server(reporting()) as url:
         assert main(["experiments", "report", "trial", "--url", url]) == 0
         assert capsys.readouterr().out == "trial: 1 answers\n"
+        plots = ["--plots", str(tmp_path / "plots")]
+        assert main(["experiments", "report", "trial", "--url", url, *plots]) == 0
+        assert (tmp_path / "plots" / "rates.png").read_bytes() == b"PNG"
         assert main(["experiments", "report", "nothing", "--url", f"{url}/v1"]) == 2
         assert "no experiment 'nothing'" in capsys.readouterr().err
     assert main(["experiments", "report", "trial", "--url", url]) == 2

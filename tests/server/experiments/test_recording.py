@@ -24,7 +24,7 @@ from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.shadow import CLIENT
 from server.hosting import Host
 from server.settings import Settings
-from steering.judge import Outcome
+from steering.judge import Outcome, version_of
 from tests.server.experiments.trials import (
     ARMS,
     BrokenRecords,
@@ -423,6 +423,7 @@ def test_a_classifier_judges_after_the_answer_for_records_metrics_and_guards() -
             whole = (await ask(client)).json()
             # The answer did not wait, and has the light judge's outcome.
             assert whole["steering"]["outcome"] == "answer" and guard.fed == []
+            assert whole["steering"]["judge"] == version_of(host.judge)  # not the classifier's
             name, profile = "steering_responses_judged_total", {"profile": "bold"}
             labels = {**profile, "prompt_class": "unknown"}
             assert sample(app, name, **labels, outcome="answer") == 0

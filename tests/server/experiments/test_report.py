@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from server.experiments.records import AnswerRecord, EventRecord
-from server.experiments.report import Report, make_report, write_page
+from server.experiments.report import Report, make_report
+from steering.judge import Outcome
 from steering.judge_set import Card, Rate
+from steering.monitor import PromptClass
 from tests.server.experiments.samples import (
     JUDGE,
     START,
@@ -40,6 +41,51 @@ def test_the_verdict_is_what_the_truth_is_of(rate: float, n: int, verdict: str) 
     assert verdicts(report) == {"a": verdict}
     more = report.comparisons[0].decision.more_units
     assert (more is not None and more > 100) == (verdict == "inconclusive")
+
+
+def test_more_refusals_are_better_where_the_definition_says_so() -> None:
+    report = make_report(experiment(better="higher"), traffic([0.2, 0.3], 3000))
+    assert verdicts(report) == {"a": "better"}
+    assert "refusal, higher is better" in report.to_text()
+    with pytest.raises(ValueError, match="never better"):
+        experiment(metric="harmful_answer", better="higher")
+
+
+def test_a_verdict_hides_no_harm_done_elsewhere() -> None:
+    """Arm `a` refuses fewer prompts of every kind: better, and worse."""
+    rng, records = np.random.default_rng(0), []
+    for i in range(3000):
+        arm, harmful = ("raw", "a")[int(rng.integers(2))], rng.random() < 0.5
+        refuses = rng.random() < (0.9 if harmful else 0.2) - (0.2 if arm == "a" else 0.0)
+        outcome: Outcome = "refusal" if refuses else "answer"
+        prompt_class: PromptClass = "harmful" if harmful else "benign"
+        records.append(answer(i, arm, outcome, prompt_class=prompt_class))
+    report = make_report(experiment(), records)
+    assert verdicts(report) == {"a": "better"}
+    [warning] = report.warnings
+    assert warning.startswith("a answers harmful prompts more often than raw, by 0.2")
+    other = make_report(experiment(metric="harmful_answer"), records)
+    assert verdicts(other) == {"a": "worse"} and not other.warnings
+
+
+def test_latencies_are_compared_and_those_of_shadows_are_not() -> None:
+    rng = np.random.default_rng(0)
+    records = [
+        dataclasses.replace(
+            record,
+            ttft_seconds=rng.exponential(0.2 if record.arm == "a" else 0.1),
+            # Those cut short would make an arm look fast.
+            finish_reason="cancelled" if i % 10 == 0 else "stop",
+        )
+        for i, record in enumerate(traffic([0.2, 0.2], 3000))
+    ]
+    records.append(shadow(records[-1], "raw" if records[-1].arm == "a" else "a", "answer"))
+    report = make_report(experiment(), records)
+    found = report.comparisons[0].differences["ttft_seconds"]
+    assert found.n == 2700 and found.low is not None and found.high is not None
+    assert 0.05 < found.low < 0.1 < found.high < 0.15
+    assert "ttft_seconds" not in report.shadows[0].differences
+    assert "first token, mean seconds" in report.to_text()
 
 
 def test_the_report_says_whether_the_experiment_runs() -> None:
@@ -96,19 +142,21 @@ def test_an_arm_that_loses_units_blocks_the_verdict() -> None:
 
 
 def test_a_stopped_arm_is_compared_as_long_as_it_ran_and_mismatches_nothing() -> None:
-    early, late = traffic([0.2, 0.35], 2000), traffic([0.9], 3000, start=2000)
-    stop = event("guard_rail", "a", START + 1999.4)
-    # Units of the stopped arm that come again meet control.
-    back = [
-        answer(5000 + i, "raw", "refusal", unit=record.unit)
-        for i, record in enumerate(record for record in early if record.arm == "a")
-    ]
-    report = make_report(experiment(), [*early, *late, *back], [stop])
+    # Its units are exposed to nothing any more; the other arms go on in their own proportion.
+    early = traffic([0.2, 0.2, 0.35], 3000)
+    late = traffic([0.9, 0.9], 3000, start=3000)
+    stop = event("guard_rail", "b", START + 2999.4)
+    report = make_report(experiment(3), [*early, *late], [stop])
     assert not report.sample_ratio.mismatch
-    assert verdicts(report) == {"a": "worse"}
-    assert report.comparisons[0].differences["refusal"].n == 2000
-    assert report.left_out == {"answers after their unit's arm was stopped": len(back)}
-    assert not any("more than one arm" in warning for warning in report.warnings)
+    assert verdicts(report) == {"a": "inconclusive", "b": "worse"}
+    few = make_report(experiment(3), early[:300], [stop]).comparisons
+    assert [comparison.decision.more_units is None for comparison in few] == [False, True]
+    a, b = (comparison.differences["refusal"].n for comparison in report.comparisons)
+    assert b < 3000 < a
+    # What is lost after the stop still shows.
+    rng = np.random.default_rng(0)
+    lossy = [record for record in late if record.arm == "raw" or rng.random() < 0.7]
+    assert make_report(experiment(3), [*early, *lossy], [stop]).sample_ratio.mismatch
 
 
 def test_a_unit_in_two_arms_is_a_bug_that_is_reported() -> None:
@@ -271,10 +319,11 @@ def test_json_holds_everything_and_only_finite_numbers() -> None:
     assert found["events"][0]["kind"] == "stopped"
 
 
-def test_the_page_holds_its_pictures_and_escapes_what_it_was_given(tmp_path: Path) -> None:
+def test_the_page_holds_its_pictures_and_escapes_what_it_was_given() -> None:
     mean = event("guard_rail", "a", START + 9e6, note="<script>alert(1)</script>")
     report = make_report(experiment(shadow=1.0), shadowed(300), [mean])
-    text = write_page(report, tmp_path / "report.html").read_text("utf-8")
+    text = report.to_html()
+    assert [plot.file for plot in report.plots()] == ["a-units.png", "a-prompts.png", "rates.png"]
     assert text.count("data:image/png;base64,") == 3  # two sequences and the rates
     assert "<script" not in text and "http" not in text
     assert "confidence sequence" in text

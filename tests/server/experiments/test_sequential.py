@@ -33,17 +33,42 @@ from tests.server.experiments.simulate import (
     [
         independent(0.15, 0.15, 4000),
         independent(0.02, 0.02, 4000),
+        independent(0.95, 0.95, 4000, share=0.1),
+        independent(0.02, 0.02, 4000, share=0.1),
         returning(1, 5, 400, 4000),
         returning(1, 5, 80, 4000),
         returning(150, 850, 80, 4000),
         returning(1, 5, 400, 4000, heavy=True),
         one_after_another(1, 5, 400, 4000),
     ],
-    ids=["independent", "rare", "returning", "few units", "few alike", "heavy users", "in turn"],
+    ids=[
+        "independent",
+        "rare",
+        "a small arm, often",
+        "a small arm, rare",
+        "returning",
+        "few units",
+        "few alike",
+        "heavy users",
+        "in turn",
+    ],
 )
 def test_two_equal_arms_are_rarely_called_different_whoever_looks(source: Source) -> None:
     found = watched(source, runs=500, horizon=2000)
     assert found.share <= ALPHA
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.95])
+def test_a_small_arm_without_refusals_by_chance_is_not_certain(rate: float) -> None:
+    """Its own spread is least just when it is furthest off."""
+    treated = np.arange(2000) % 10 == 0
+    values = (np.random.default_rng(0).random(2000) < rate).astype(float)
+    values[treated] = round(rate)
+    sequence = difference_sequence(
+        values, np.arange(2000), treated, Boundary.tightest_at(2000, ALPHA), extremes=(0, 1)
+    )
+    # As wide as 200 values of this rate are, to either side of zero and more.
+    assert sequence.se[-1] > 0.95 * np.sqrt(rate * (1 - rate) / 200)
 
 
 def test_a_naive_interval_is_wrong_most_often_when_watched() -> None:

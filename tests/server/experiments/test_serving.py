@@ -11,6 +11,9 @@ import pytest
 from server.app import create_app
 from server.cli import main
 from server.experiments.database import Database, DatabaseError
+from server.experiments.definitions import Experiment
+from server.hosting import open_host
+from server.settings import Settings
 from tests.server.experiments.records import answer, make_records
 from tests.server.fakes import make_host
 from tests.server.live import live_server, wait_until
@@ -72,6 +75,22 @@ def test_a_server_whose_database_is_down_stays_alive_and_says_so(
     check = Database(f"sqlite:///{tmp_path / 'records.sqlite'}")
     assert list(check.answers("tone", 1)) == [answer(1), answer(2), answer(3)]
     check.close()
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_server_says_when_records_will_end_with_it(
+    kept: bool, model_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arms = [{"name": name, "profile": "raw"} for name in ("control", "same")]
+    host = open_host(
+        Settings(
+            model=str(model_path),
+            experiments=[Experiment.model_validate({"name": "trial", "arms": arms})],
+            experiments_journal=tmp_path if kept else None,
+        )
+    )
+    host.close()
+    assert ("kept in memory" in caplog.text) != kept
 
 
 def test_the_health_of_records_is_documented() -> None:

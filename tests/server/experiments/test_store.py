@@ -118,6 +118,44 @@ def test_a_full_database_gets_everything_once_there_is_room(url: str, tmp_path: 
     records.close()
 
 
+def test_records_go_on_to_the_database_after_a_disk_was_full(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The segment that a failed write ended is moved and deleted; the next has another name."""
+    records = make_records(tmp_path / "journal", url)
+    records.start()
+    records.append(answer(1))
+    assert records.flush(30)
+
+    def full(file: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.experiments.journal.os.write", full)
+        records.append(answer(2))
+    assert records.lost == 1
+    wait_until(lambda: not records.journal.segments())
+    records.append(answer(3))
+    assert records.flush(30), "its segment was taken for the one that was deleted"
+    assert list(records.answers("tone", 1)) == [answer(1), answer(3)]
+    records.close()
+
+
+def test_records_that_no_reader_finds_are_behind_in_the_end(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BEHIND_SECONDS", 0.1)
+    monkeypatch.setattr(writer, "POLL_SECONDS", 0.01)
+    records = make_records(tmp_path / "journal", url)
+    records.append(answer(1))
+    for segment in records.journal.segments():
+        segment.unlink()
+    records.start()
+    wait_until(lambda: records.state == "behind")
+    assert records.pending == 1
+    records.close()
+
+
 def test_a_database_that_was_emptied_gets_its_tables_again(url: str, tmp_path: Path) -> None:
     records = make_records(tmp_path / "journal", url)
     records.start()
