@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,16 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     wanted = None if arguments.profiles is None else parse_profiles(arguments.profiles)
     console = Console(highlight=False, soft_wrap=False)
-    _quiet(console)
-    source = _source(arguments)
-    try:
+    with _quiet(console), closing(_source(arguments)) as source:
         conversation = _conversation(arguments, source, wanted)
         session = Session(source, conversation, console, arguments.tint, arguments.json)
         if arguments.prompt is not None:
             return 0 if session.ask(arguments.prompt) else 1
         return session.converse()
-    finally:
-        source.close()
 
 
 def parse_profiles(text: str) -> list[tuple[str, float | None]]:
@@ -101,19 +98,27 @@ def _number(text: str) -> float:
         raise ValueError(f"{text!r} is no strength; write a number") from None
 
 
-def _quiet(console: Console) -> None:
+@contextmanager
+def _quiet(console: Console) -> Iterator[None]:
     """Leave the terminal to the replies: only warnings are logged, above what is shown."""
     from rich.logging import RichHandler
 
+    root, audit = logging.getLogger(), logging.getLogger("server.audit")
+    before = root.handlers, root.level, audit.level
     if console.is_terminal:
-        plain = logging.Formatter("%(message)s")
         handler = RichHandler(console=console, show_time=False, show_path=False)
-        handler.setFormatter(plain)
-        logging.getLogger().handlers = [handler]
-    logging.getLogger().setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        root.handlers = [handler]
+    root.setLevel(logging.WARNING)
     # Without an audit log, each use of a red-team profile is a warning to whoever runs a server.
     # Here that is who asked.
-    logging.getLogger("server.audit").setLevel(logging.ERROR)
+    audit.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.handlers = before[0]
+        root.setLevel(before[1])
+        audit.setLevel(before[2])
 
 
 def _source(arguments: argparse.Namespace) -> Source:
