@@ -14,13 +14,14 @@ VLLM_VENV := .venv-vllm
 VLLM_VERSION := 0.32.0
 VLLM_PIP := $(VLLM_VENV)/bin/pip --disable-pip-version-check install --quiet --constraint constraints-vllm.txt $(PIP_ARGS)
 
-.PHONY: serve test check format bench bench-vllm test-load test-services test-vllm clean
+.PHONY: serve test check format bench bench-vllm test-load test-services test-vllm web screenshots clean
 
 serve: $(VENV)/.serve  ## start the server on the demo model; flags by ARGS="--port 8123"
 	$(BIN)/pilothouse serve $(ARGS)
 
 test: $(VENV)/.test  ## run the tests (offline, no system packages)
-	$(BIN)/python -m pytest --ignore tests/services --ignore tests/load --ignore tests/vllm $(ARGS)
+	$(BIN)/python -m pytest --ignore tests/services --ignore tests/browser --ignore tests/load \
+		--ignore tests/vllm $(ARGS)
 
 check: $(VENV)/.test  ## lint, format and types
 	$(BIN)/ruff check
@@ -37,8 +38,16 @@ bench: $(VENV)/.test  ## benchmarks, ratios taken side by side; one of them by B
 test-load: $(VENV)/.test  ## a server under disconnects, faults, overload and a long soak (ten minutes)
 	$(BIN)/python -m pytest tests/load $(ARGS)
 
-test-services: $(VENV)/.test  ## tests against a real Prometheus and PostgreSQL (Debian packages: prometheus, postgresql)
-	$(BIN)/python -m pytest tests/services $(ARGS)
+test-services: $(VENV)/.test  ## tests against a real Prometheus, PostgreSQL and Chromium (Debian packages of these names)
+	$(BIN)/python -m pytest tests/services tests/browser $(ARGS)
+
+web:  ## check, test and build the page of server/web (Node 18 or newer; `make serve` needs none)
+	npm --prefix server/web ci --no-audit --no-fund
+	npm --prefix server/web run check
+	npm --prefix server/web run build
+
+screenshots: $(VENV)/.test  ## draw the README's pictures of the page again
+	$(BIN)/python -m tests.browser.screenshots $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.test  ## tests of the vLLM engine, on vLLM's CPU build (needs a C++ compiler)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
