@@ -48,7 +48,7 @@ def test_two_workers_answer_as_one(lm: LanguageModel, size: str) -> None:
         engine.register(Profile("new", IMPORTED, (new,), lm.fingerprint))
         assert engine.healthy() and engine.stats().running == 0
         if size == "pipeline_parallel_size":
-            across = random_edit("2.resid_pre", gate=random_gate("1.resid_pre"))
+            across = random_edit("2.resid_post", gate=random_gate("1.resid_pre"))
             with pytest.raises(ProfileError, match="another pipeline stage"):
                 engine.register(Profile("across", IMPORTED, (across,), lm.fingerprint))
     there = locally(lm, requests, monitor) * 2
