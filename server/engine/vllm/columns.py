@@ -12,9 +12,14 @@ from steering.edit import Edit, Gate, Site
 
 @dataclass(eq=False)
 class PlacedGate:
-    """A gate and where it is read: number `index` at its site, with a column of its own."""
+    """A gate and where it is read: the `index`-th at its site, with a column of its own.
+
+    Args:
+        number: never given twice, as an edit's.
+    """
 
     gate: Gate
+    number: int
     index: int
     column: int
     users: int = 0
@@ -114,10 +119,13 @@ class Columns:
         except RankLimitError:
             self._drop_gate(gate)
             raise
-        placed = PlacedEdit(edit, self._next, columns, gate)
-        self._next += 1
+        placed = PlacedEdit(edit, self._number(), columns, gate)
         self._placed[_identity(edit)] = placed
         return placed
+
+    def _number(self) -> int:
+        number, self._next = self._next, self._next + 1
+        return number
 
     def _remove(self, placed: PlacedEdit) -> None:
         del self._placed[_identity(placed.edit)]
@@ -137,7 +145,7 @@ class Columns:
             [column] = self._take(gate.site, 1)
             index = min(places.gate_numbers)
             places.gate_numbers.remove(index)
-            places.gates[identity] = PlacedGate(gate, index, column)
+            places.gates[identity] = PlacedGate(gate, self._number(), index, column)
         placed = places.gates[identity]
         placed.users += 1
         return placed

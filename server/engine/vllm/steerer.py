@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from server.engine.vllm.columns import PlacedEdit
 from server.engine.vllm.hooks import attach
-from server.engine.vllm.layout import Layout, gate_identity
+from server.engine.vllm.layout import Layout
 from server.engine.vllm.program import WATCHED, SiteProgram, TokenInputs
 from server.engine.vllm.recipes import FIRST, PROMPT, REPLY, Recipe, Recipes
 from server.engine.vllm.wire import AskedEdit, RowSteering, unpack_edits, unpack_tensors
@@ -114,7 +114,8 @@ class Steerer:
                 attach(block, here)
         self.send: Send = lambda reports: None
         self._placed: dict[int, PlacedEdit] = {}
-        self._gates: dict[tuple[str, int], object] = {}
+        self._gates: dict[tuple[str, int], int] = {}
+        """The number of the gate that is read there."""
         self._rows: dict[str, _Row] = {}
         self._free_latches = list(range(1, layout.rows))
         self._filled = [0] * len(self._per_token())
@@ -166,10 +167,10 @@ class Steerer:
             edit, gate = placed.edit, placed.gate
             source = None if gate is None else self.programs.get(gate.gate.site)
             if gate is not None and source is not None:
-                place, identity = (str(gate.gate.site), gate.index), gate_identity(gate.gate)
-                if self._gates.get(place) != identity:  # else requests may have latched it
+                place = str(gate.gate.site), gate.index
+                if self._gates.get(place) != gate.number:  # else requests may have latched it
                     source.put_gate(gate.gate, gate.index, gate.column)
-                    self._gates[place] = identity
+                    self._gates[place] = gate.number
             program = self.programs.get(edit.site)
             if program is not None:
                 if gate is not None and source is None:

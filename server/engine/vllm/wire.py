@@ -74,7 +74,7 @@ def pack_edits(placed: Sequence[PlacedEdit]) -> bytes:
         {
             "number": p.number,
             "columns": p.columns,
-            "gate": p.gate and {"index": p.gate.index, "column": p.gate.column},
+            "gate": p.gate and [p.gate.number, p.gate.index, p.gate.column],
             "edit": edit_header(p.edit),
         }
         for p in placed
@@ -101,5 +101,5 @@ def unpack_edits(data: bytes) -> Iterable[PlacedEdit]:
         gate = None
         if place is not None:
             assert edit.gate is not None
-            gate = PlacedGate(edit.gate, place["index"], place["column"])
+            gate = PlacedGate(edit.gate, *place)
         yield PlacedEdit(edit, part["number"], tuple(part["columns"]), gate)

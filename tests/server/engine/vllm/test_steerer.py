@@ -15,7 +15,7 @@ from server.engine.vllm.layout import plan_layout, probes_of
 from server.engine.vllm.program import SiteProgram
 from server.engine.vllm.steerer import SPLIT, Steerer
 from server.engine.vllm.wire import AskedEdit, RowSteering, pack_edits, pack_tensors
-from steering.edit import AppliedEdit, Site, effective_edits
+from steering.edit import AppliedEdit, Edit, Site, effective_edits
 from steering.monitor import Monitor, Probe, refusal_log_odds
 from steering.plan import last_token
 from tests.server.engine.vllm.blocks import FakeModel
@@ -168,6 +168,27 @@ def test_a_gate_over_the_prompt_stays_what_it_was(rig: Rig, name: str) -> None:
     piece = rig.step([name], [0], [4])
     assert torch.allclose(piece, alone[:4], atol=1e-4)
     assert not rig.reports
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("between", [1, 2])
+def test_a_gate_that_comes_back_is_read_anew(between: int) -> None:
+    """Its old column may be another edit's by now, or hold what that one has left."""
+    gated = AppliedEdit(random_edit("2.resid_post", 1, gate=random_gate("1.resid_post", seed=1)))
+    others = [random_edit("1.resid_post", 1, seed=seed) for seed in (2, 3)]
+    rig = Rig([gated, AppliedEdit(others[0])])
+
+    def serve(*edits: Edit) -> None:
+        rig.columns.keep_only(edits)
+        rig.steerer.put_edits(pack_edits(rig.columns.place(edits)), rig.columns.removed)
+
+    serve()
+    serve(*others)
+    serve(*others[between:])
+    serve(*others[between:], gated.edit)
+    rig.steerer.begin([("sublayers", 7, rig.row("key", [gated]))], finished=())
+    hidden = rig.step(["sublayers"], [0], [7])
+    assert torch.allclose(hidden, expected(rig, "sublayers", [gated], 7), atol=1e-4)
 
 
 def test_a_split_prompt_is_reported_where_a_gate_needs_it_whole(rig: Rig) -> None:
