@@ -213,7 +213,7 @@ class Client:
                 try:
                     first = await self._first(outputs, readings)
                     if first is not None:
-                        yield _chained(first, outputs), readings
+                        yield _outputs(first, outputs, readings), readings
                         return
                 except EngineDeadError:
                     raise EngineStoppedError("vLLM has stopped") from None
@@ -229,10 +229,9 @@ class Client:
         first = asyncio.ensure_future(anext(outputs))
         try:
             await asyncio.wait({first, readings.failed}, return_when=asyncio.FIRST_COMPLETED)
-            if readings.failed.done():
-                if (reason := readings.failed.result()) != SPLIT:
-                    raise StepFailedError(f"the edits could not be applied: {reason}")
+            if readings.failed.done() and readings.failed.result() == SPLIT:
                 return None
+            readings.raise_failure()
             return await first
         finally:
             if not first.done():
@@ -266,9 +265,10 @@ def _prompt(request: EngineRequest, ask: Ask) -> dict[str, Any]:
     return prompt
 
 
-async def _chained(
-    first: RequestOutput, rest: AsyncIterator[RequestOutput]
+async def _outputs(
+    first: RequestOutput, rest: AsyncIterator[RequestOutput], readings: Readings
 ) -> AsyncIterator[RequestOutput]:
     yield first
     async for output in rest:
+        readings.raise_failure()
         yield output

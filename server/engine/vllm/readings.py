@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+from server.engine.base import StepFailedError
+
+_SECONDS = 60.0
+"""A token is there, and what was read for it is not: reports take a thousandth of one."""
+
 
 class Readings:
     """The reports on one request.
@@ -39,12 +44,25 @@ class Readings:
         self._changed.set()
 
     async def of(self, reply: int) -> dict[str, float]:
-        """What was read where the reply's token of this number was chosen, by name."""
-        while len(self._parts.get(reply, ())) < self._stages:
-            await self._change()
+        """What was read where the reply's token of this number was chosen, by name.
+
+        Raises StepFailedError if the edits were not applied, or nothing comes.
+        """
+        try:
+            async with asyncio.timeout(_SECONDS):
+                while len(self._parts.get(reply, ())) < self._stages and not self.failed.done():
+                    await self._change()
+        except TimeoutError:
+            raise StepFailedError("what the workers have read did not arrive") from None
+        self.raise_failure()
         parts = self._parts.pop(reply)
         merged = {name: value for part in parts for name, value in part.items()}
         return {**merged, "norm": max(part["norm"] for part in parts)}
+
+    def raise_failure(self) -> None:
+        """Raise StepFailedError if a worker has told that it could not apply the edits."""
+        if self.failed.done():
+            raise StepFailedError(f"the edits could not be applied: {self.failed.result()}")
 
     async def checked(self, number: int) -> list[str]:
         """What was found wrong, once there are so many results."""

@@ -29,8 +29,8 @@ class Replies:
         raw = None
         if self._reads.needs_raw_pass(request):
             raw = asyncio.create_task(self._client.read_prompt(request))
-        # A gate over the prompt must have been read before anything is answered.
-        report = self._monitored or ask.latches
+        # Nothing is answered before the workers have told that the edits are in it.
+        report = self._monitored or bool(ask.placed)
         try:
             running = self._client.run(request, ask, report=report, trace=request.trace)
             async with running as (outputs, readings):

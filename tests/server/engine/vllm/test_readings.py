@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import zmq
 
+from server.engine.base import StepFailedError
 from server.engine.vllm.readings import Inbox
 from server.engine.vllm.scores import Receiver, Sender
 
@@ -35,6 +36,41 @@ def test_stages_are_put_together_and_the_first_report_of_each_counts() -> None:
     first, second = asyncio.run(run())
     assert first == {"norm": 2.0, "a": 1.0, "b": 2.0}
     assert second == {"norm": 9.0, "late": 1.0}
+
+
+@pytest.mark.parametrize("told_first", [False, True])
+def test_a_request_whose_edits_were_not_applied_is_not_answered(told_first: bool) -> None:
+    """Whether its token or the worker's word comes first."""
+
+    async def run() -> None:
+        inbox = Inbox(stages=1)
+        with inbox.opened() as readings:
+            readings.raise_failure()
+            failure = {"key": readings.key, "failed": "edit 7 is not registered"}
+            if told_first:
+                inbox.take(failure)
+                inbox.take(part(readings.key, 0, norm=0.0))
+            waiting = asyncio.create_task(readings.of(0))
+            await asyncio.sleep(0)
+            if not told_first:
+                inbox.take(failure)
+            with pytest.raises(StepFailedError, match="edit 7 is not registered"):
+                await asyncio.wait_for(waiting, 5)
+            with pytest.raises(StepFailedError, match="edit 7"):
+                readings.raise_failure()
+
+    asyncio.run(run())
+
+
+def test_a_report_that_is_lost_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.vllm.readings._SECONDS", 0.01)
+
+    async def run() -> None:
+        lost = pytest.raises(StepFailedError, match="did not arrive")
+        with Inbox(stages=1).opened() as readings, lost:
+            await asyncio.wait_for(readings.of(0), 5)
+
+    asyncio.run(run())
 
 
 def test_reports_on_requests_that_have_gone_are_dropped() -> None:
