@@ -129,6 +129,7 @@ class VllmOptions:
             # Off is off: only what would take effect is refused.
             if (value := self.engine_args.get(name)) is True or value not in _OFF:
                 raise ValueError(f"the vLLM argument {name} cannot be used here: {reason}")
+        self._check_types()
         passes = self.compilation_config.get("pass_config") or {}
         for name in ("enable_sp", "fuse_gemm_comms"):
             if passes.get(name):
@@ -145,12 +146,21 @@ class VllmOptions:
         if taken := sorted(_OWN.keys() & self.engine_args.keys()):
             raise ValueError(f"give {', '.join(_OWN[name] for name in taken)} instead of {taken}")
 
+    def _check_types(self) -> None:
+        config, tokens = map(self.engine_args.get, ("compilation_config", "max_num_batched_tokens"))
+        if not isinstance(config, Mapping | None):
+            raise ValueError(f"vLLM's compilation_config must be an object here, got {config!r}")
+        if not isinstance((config or {}).get("pass_config"), Mapping | None):
+            raise ValueError("vLLM's pass_config in compilation_config must be an object here")
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise ValueError(f"vLLM's max_num_batched_tokens must be a number, got {tokens!r}")
+
     @property
     def max_num_batched_tokens(self) -> int:
         """Tokens of one step, so many that a prompt which must not be split fits beside those of
         running requests."""
         least = (self.max_unsplit_prompt or 0) + self.max_num_seqs
-        return max(int(self.engine_args.get("max_num_batched_tokens") or 2048), least)
+        return max(self.engine_args.get("max_num_batched_tokens") or 2048, least)
 
     @property
     def compilation_config(self) -> dict[str, Any]:

@@ -31,6 +31,21 @@ def test_arguments_that_change_nothing_pass() -> None:
     assert VllmOptions("m", engine_args=args).engine_args == args
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("compilation_config", 3),
+        ("compilation_config", '{"mode": 3}'),
+        ("compilation_config", {"pass_config": True}),
+        ("max_num_batched_tokens", "4096"),
+        ("max_num_batched_tokens", 0),
+    ],
+)
+def test_arguments_of_another_type_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"vLLM's .*{name} must be an? "):
+        VllmOptions("m", max_unsplit_prompt=64, engine_args={name: value})
+
+
 def test_arguments_with_a_flag_of_their_own_name_it() -> None:
     with pytest.raises(ValueError, match="give --max-num-seqs instead"):
         VllmOptions("m", engine_args={"max_num_seqs": 3})
