@@ -23,6 +23,8 @@ import zmq.asyncio
 logger = logging.getLogger(__name__)
 
 Report = dict[str, Any]
+_LARGEST = 16 * 2**20
+"""Bytes of a message: thousands of reports. Who sends longer ones is cut off."""
 
 
 class Sender:
@@ -59,6 +61,7 @@ class Receiver:
         self._folder = None if host else tempfile.mkdtemp(prefix="pilothouse-")
         self._context: zmq.asyncio.Context = zmq.asyncio.Context()
         self._socket: Any = self._context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST)
         self._socket.bind(f"tcp://{host}:*" if host else f"ipc://{self._folder}/scores")
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._task = asyncio.create_task(self._run())
@@ -69,8 +72,11 @@ class Receiver:
             if not secrets.compare_digest(word, self.word.encode()) or len(body) != 1:
                 logger.warning("a message that is not of this server's workers was dropped")
                 continue
-            for report in json.loads(body[0]):
-                self._take(report)
+            try:
+                for report in json.loads(body[0]):
+                    self._take(report)
+            except Exception:  # or all requests after it would wait for their scores
+                logger.exception("a report of the workers could not be read")
 
     def close(self) -> None:
         self._task.cancel()

@@ -85,6 +85,25 @@ def test_reports_on_requests_that_have_gone_are_dropped() -> None:
     asyncio.run(run())
 
 
+def test_a_report_that_cannot_be_read_stops_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> list[Any]:
+        found: list[Any] = []
+        receiver = Receiver(lambda report: found.append(report["key"]))
+        sender = Sender(receiver.address, receiver.word)
+        sender([{"no key": "1"}])
+        sender([{"key": "2"}])
+        for _ in range(200):
+            await asyncio.sleep(0.01)
+            if found:
+                break
+        sender.close()
+        receiver.close()
+        return found
+
+    assert asyncio.run(run()) == ["2"]
+    assert "could not be read" in caplog.text
+
+
 def test_reports_arrive_and_strangers_messages_do_not(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> list[Any]:
         found: list[Any] = []
