@@ -256,8 +256,8 @@ def _open_vllm(
     settings: Settings, lm: LanguageModel, store: ProfileStore, monitor: Monitor | None
 ) -> tuple[Engine, Monitor | None]:
     """The engine, which tests the profiles when it starts."""
-    from server.engine.vllm.engine import VllmEngine
     from server.engine.vllm.options import VllmOptions
+    from server.engine.vllm.release import import_engine
 
     options = VllmOptions(
         model=model_name(settings),
@@ -277,7 +277,7 @@ def _open_vllm(
         enforce_eager=settings.enforce_eager,
         engine_args=settings.vllm_args,
     )
-    return VllmEngine(lm, options, profiles=list(store), monitor=monitor), monitor
+    return import_engine()(lm, options, profiles=list(store), monitor=monitor), monitor
 
 
 def _load_classifier(settings: Settings) -> Judge | None:

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from server.engine.base import EngineRequest
-from server.engine.vllm.client import Client, check_version
+from server.engine.vllm.client import Client
 from server.engine.vllm.engine import VllmEngine
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.sampling import sampling_params
@@ -92,14 +92,6 @@ def test_vllms_compile_cache_knows_the_hooks(lm: LanguageModel) -> None:
 
     assert key() == key()
     assert len({key(), key(max_site_rank=64), key(profiles=profiles_of(lm)[:2])}) == 3
-
-
-def test_only_the_vllm_that_is_known_is_used() -> None:
-    check_version("0.32.0")
-    check_version("0.32.7.post1+cpu")
-    for version in ("0.31.9", "0.33.0", "1.0.0"):
-        with pytest.raises(ValueError, match=r"knows those of 0\.32"):
-            check_version(version)
 
 
 def test_unknown_arguments_of_vllm_are_named(lm: LanguageModel) -> None:

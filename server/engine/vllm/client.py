@@ -29,6 +29,7 @@ from server.engine.vllm.columns import PlacedEdit
 from server.engine.vllm.layout import Layout, probes_of
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.readings import Inbox, Readings
+from server.engine.vllm.release import check_version
 from server.engine.vllm.sampling import sampling_params
 from server.engine.vllm.scores import Receiver
 from server.engine.vllm.steerer import SPLIT
@@ -36,21 +37,8 @@ from server.engine.vllm.wire import AskedEdit, RowSteering, pack_edits, pack_ten
 from steering.edit import AppliedEdit, edits_digest
 from steering.monitor import Monitor
 
-SUPPORTED = ((0, 32), (0, 33))
-"""vLLM from the first of these releases on, and before the second."""
 _ATTEMPTS = 16
 """At reading a prompt in one step that other prompts have left no room in."""
-
-
-def check_version(version: str) -> None:
-    """Raise ValueError unless this release of vLLM is known to do what the workers count on."""
-    first, beyond = SUPPORTED
-    known = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if not first <= known < beyond:
-        raise ValueError(
-            f"vLLM {version} is installed; its insides change from release to release, and this "
-            f"server knows those of {first[0]}.{first[1]} (before {beyond[0]}.{beyond[1]})"
-        )
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,8 @@ class Client:
             args = AsyncEngineArgs(**self._engine_args())
         except TypeError as error:
             raise ValueError(f"vLLM does not take these arguments: {error}") from None
-        spread = args.distributed_executor_backend == "ray" or args.nnodes > 1
+        by_ray = "ray" in (args.distributed_executor_backend, args.data_parallel_backend)
+        spread = by_ray or args.nnodes > 1 or args.data_parallel_address is not None
         self._receiver = Receiver(self._inbox.take, get_ip() if spread else None)
         self._llm = AsyncLLM.from_engine_args(args)
         await self._call("steering_connect", self._receiver.address, self._receiver.word)
