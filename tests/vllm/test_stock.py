@@ -21,6 +21,7 @@ from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.sampling import sampling_params
 from server.engine.vllm.wire import RowSteering
 from steering.models import LanguageModel
+from steering.selftest import prompt_ids
 from tests.server.engine.running import ask, ids, prompt_of, stream_all
 from tests.vllm.serving import MIXTURE, alone, locally, profiles_of, save, serving
 
@@ -65,6 +66,22 @@ def test_unedited_requests_are_stock_vllms_bit_for_bit(lm: LanguageModel) -> Non
         client = engine._client
     found = [[(token.token_id, token.logprob) for token in reply] for reply in steered]
     assert found == stock(client, REQUESTS)
+
+
+def test_what_the_self_test_has_computed_is_in_no_reply(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gates count as 1. Real prompts begin like its own: with the template's first tokens."""
+    monkeypatch.setattr("steering.selftest._PROMPT", "Hello, who are you? " * 9)
+    edits = MIXTURE["per-token gate"]
+    requests = [ask([*prompt_ids(lm), *more], edits, max_tokens=4) for more in ((), (7, 8, 9))]
+    [profile] = profiles_of(lm, {"gated": edits})
+    with serving(lm, Path(lm.name), [profile], enforce_eager=True) as engine:
+        replies = stream_all(engine, requests)
+    for reply, expected in zip(replies, locally(lm, requests), strict=True):
+        assert ids(reply) == ids(expected)
+        for token, other in zip(reply, expected, strict=True):
+            assert token.logprob == pytest.approx(other.logprob, abs=1e-3)
 
 
 @pytest.mark.matrix

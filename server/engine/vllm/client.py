@@ -61,17 +61,19 @@ class Ask:
         edits = tuple(AskedEdit(p.number, a.strength, a.edit.phase) for p, a in pairs)
         return RowSteering(key, edits, **flags)
 
-    def cache_salt(self) -> str | None:
+    def cache_salt(self, *, check: bool = False) -> str | None:
         """What keeps apart keys and values of different edits.
 
         vLLM also keeps those of replies, which are a prompt in the next turn: they are for nobody
         else where an edit knows phases. Registered anew, an edit has another number, so that
-        nothing is found that was computed while its columns were another's.
+        nothing is found that was computed while its columns were another's. Nor does a check share
+        any: its gates count as 1, and it is to see its whole prompt computed.
         """
+        phased = any(applied.edit.phase != "all" for applied in self.applied)
+        if check or phased or self.latches:
+            return uuid4().hex
         if not self.applied:
             return None
-        if self.latches or any(applied.edit.phase != "all" for applied in self.applied):
-            return uuid4().hex
         numbers = ".".join(str(placed.number) for placed in self.placed)
         return f"{edits_digest(self.applied)}.{numbers}"
 
@@ -193,7 +195,7 @@ class Client:
             with self._inbox.opened() as readings:
                 steering = ask.steering(readings.key, **flags)
                 outputs = self._llm.generate(
-                    _prompt(request, ask),
+                    _prompt(request, ask.cache_salt(check=flags.get("check", False))),
                     sampling_params(request, steering, ends),
                     request_id=readings.key,
                     priority=request.priority if attempt == 0 else -1,
@@ -247,11 +249,9 @@ class Client:
                 self._receiver.close()
 
 
-def _prompt(request: EngineRequest, ask: Ask) -> dict[str, Any]:
+def _prompt(request: EngineRequest, salt: str | None) -> dict[str, Any]:
     prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
-    if salt := ask.cache_salt():
-        prompt["cache_salt"] = salt
-    return prompt
+    return prompt if salt is None else {**prompt, "cache_salt": salt}
 
 
 async def _outputs(
