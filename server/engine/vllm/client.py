@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
 from vllm.utils.network_utils import get_ip
+from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -238,6 +240,13 @@ class Client:
             async for _ in outputs:
                 pass
             return await readings.of(0)
+
+    def abandon(self) -> None:
+        """Let a start that is under way fail. Called from another thread, again until it has: vLLM
+        listens to nothing while it loads and compiles, which may take minutes."""
+        for core in multiprocessing.active_children():
+            if core.pid is not None:
+                kill_process_tree(core.pid)
 
     def close(self) -> None:
         llm, self._llm = self._llm, None

@@ -197,6 +197,9 @@ class VllmEngine:
     def close(self) -> None:
         thread, loop, stop = self._thread, self._loop, self._stop
         self._stopped = True
+        while thread is not None and thread.is_alive() and not self._ready:
+            self._client.abandon()
+            thread.join(_HEARTBEAT)
         if loop is not None and stop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(stop.set)
@@ -219,10 +222,7 @@ class VllmEngine:
         self._loop = asyncio.get_running_loop()
         self._stop, self._registering = asyncio.Event(), asyncio.Lock()
         try:
-            await self._client.start()
-            for profile in self.profiles:
-                await self._register(profile)
-                logger.info("profile %s passed its self-test on vLLM", profile.name)
+            await self._open()
         except BaseException as error:
             self._client.close()
             started.set_exception(_start_error(error))
@@ -238,6 +238,23 @@ class VllmEngine:
                 logger.error("vLLM's engine died")
         finally:
             await self._stop_serving()
+
+    async def _open(self) -> None:
+        """Raises EngineStoppedError if it is closed or vLLM dies meanwhile."""
+        await self._client.start()
+        testing = asyncio.create_task(self._test())
+        while not (self._stopped or testing.done()) and self._client.alive:
+            await asyncio.wait({testing}, timeout=_HEARTBEAT)
+        if not testing.done():  # nor would it ever be: vLLM gives no answers any more
+            testing.cancel()
+            await asyncio.wait({testing})
+            raise EngineStoppedError("it ended while the profiles were tested")
+        testing.result()
+
+    async def _test(self) -> None:
+        for profile in self.profiles:
+            await self._register(profile)
+            logger.info("profile %s passed its self-test on vLLM", profile.name)
 
     async def _stop_serving(self) -> None:
         with self._lock:
