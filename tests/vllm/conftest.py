@@ -6,6 +6,7 @@ than a CI run should is marked `matrix`: `make test-vllm ARGS="-m matrix"`.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 
@@ -24,8 +25,16 @@ _MATRIX = "takes minutes; run it with -m matrix"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # vLLM's warnings, and what it leaves open when it is killed, are its own.
+    # vLLM's warnings are its own.
     config.addinivalue_line("filterwarnings", "ignore")
+
+
+def pytest_sessionfinish() -> None:
+    # So is the ZMQ context that its client leaves open when its processes are killed; pytest would
+    # find that later, and call it an error.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
