@@ -426,12 +426,17 @@ def test_a_classifier_judges_after_the_answer_for_records_metrics_and_guards() -
             assert whole["steering"]["judge"] == version_of(host.judge)  # not the classifier's
             name, profile = "steering_responses_judged_total", {"profile": "bold"}
             labels = {**profile, "prompt_class": "unknown"}
+            arm = {"experiment": "trial", "arm": "treated", "prompt_class": "unknown"}
+            of_arm = "steering_experiment_responses_judged_total"
             assert sample(app, name, **labels, outcome="answer") == 0
+            assert sample(app, of_arm, **arm, outcome="answer") == 0
             classifier.free.set()
             await until(lambda: guard.fed)
             assert sample(app, name, **labels, outcome="answer") == 0
             assert sample(app, name, **labels, outcome="refusal") == 1
             assert sample(app, "steering_refusals_total", **labels) == 1
+            assert sample(app, of_arm, **arm, outcome="answer") == 0
+            assert sample(app, of_arm, **arm, outcome="refusal") == 1
             await client.post("/v1/chat/completions", json=body())  # no experiment
             await until(lambda: len(classifier.asked) == 2)
 
