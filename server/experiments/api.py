@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Literal
@@ -24,6 +25,12 @@ from server.openapi import errors
 from server.profiles import finite
 from server.responses import ArmCard, ExperimentCard, ExperimentEnded, ExperimentList
 from server.sse import ClientGoneError, unless_gone
+from steering.judge_set import Card
+
+logger = logging.getLogger(__name__)
+
+CARD_SECONDS = 15.0
+"""How long a report waits for the judge's figures, and then does without."""
 
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -176,7 +183,8 @@ def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Res
         records = host.records
         answers = with_judgements(records.answers(experiment.name, experiment.version))
         events = list(records.events(experiment.name, experiment.version))
-        report = host.make_report(experiment, answers, events, judge_card=host.judge_card)
+        card, notes = _judge_card(host)
+        report = host.make_report(experiment, answers, events, judge_card=card, notes=notes)
         if format == "html":
             page = Response(report.to_html(), media_type="text/html; charset=utf-8")
             page.headers["Content-Security-Policy"] = REPORT_POLICY
@@ -189,6 +197,18 @@ def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Res
         return JSONResponse(finite(dict(report.to_json())))
 
     return make
+
+
+def _judge_card(host: Host) -> tuple[Card | None, list[str]]:
+    """How often the judge errs; else none, and why."""
+    try:
+        return host.judge_card.wait(CARD_SECONDS), []
+    except TimeoutError:
+        why = "how often the judge errs is still being found out; ask again later"
+    except Exception:
+        logger.exception("the judge could not be measured")
+        why = "the judge failed when it was measured, as the server's log says"
+    return None, [f"Rates are not corrected for the judge's errors: {why}."]
 
 
 def _check_arms(host: Host, caller: Caller, experiment: Experiment) -> None:

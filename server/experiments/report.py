@@ -213,6 +213,7 @@ def make_report(
     events: Iterable[EventRecord] = (),
     *,
     judge_card: Card | Mapping[str, Card] | None = None,
+    notes: Sequence[str] = (),
     now: float | None = None,
 ) -> Report:
     """Analyse an experiment.
@@ -221,6 +222,7 @@ def make_report(
         records, events: in any order; those of other experiments and versions are left out.
         judge_card: the judge's sensitivity and specificity, or those by profile: only with the
             latter are differences corrected, since judges err differently on different profiles.
+        notes: more warnings, of what the caller knows.
         now: seconds since 1970; decides whether the end has come.
     """
     now = time.time() if now is None else now
@@ -248,7 +250,7 @@ def make_report(
         [e for e in events if (e.experiment, e.version) == (experiment.name, experiment.version)],
         (),
     )
-    return dataclasses.replace(report, warnings=tuple(warnings_of(report, answers, corrector)))
+    return dataclasses.replace(report, warnings=(*warnings_of(report, answers, corrector), *notes))
 
 
 def _arm(answers: Answers, arm: Arm, corrector: Corrector) -> ArmReport:

@@ -316,6 +316,7 @@ class Counted:
     records: Sequence[AnswerRecord]
     events: Sequence[EventRecord]
     judge_card: Card | None = None
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
