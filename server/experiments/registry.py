@@ -83,9 +83,14 @@ class Entry:
         total = math.fsum(left.values())
         return {name: weight / total for name, weight in left.items()}
 
+    @property
+    def versions(self) -> tuple[Experiment, ...]:
+        """Oldest first."""
+        return (*self.past, self.experiment)
+
     def version(self, number: int | None) -> Experiment:
         """The latest version, or the one of this number. Raises NotFoundError."""
-        versions = {each.version: each for each in (*self.past, self.experiment)}
+        versions = {each.version: each for each in self.versions}
         if number is None:
             return self.experiment
         if number in versions:
@@ -327,7 +332,7 @@ class Registry:
         """Keep the profiles in use from being removed."""
         kept = self.profiles.kept
         used = {
-            arm.profile: f"the experiment {entry.experiment.name} uses it"
+            arm.profile: f"{self._called(entry.experiment)} uses it"
             for entry in self
             if self.status(entry) != "ended"
             for arm in entry.experiment.arms
@@ -336,6 +341,12 @@ class Registry:
             del kept[name]
         self._claimed = {n for n in used if n in self._claimed or n not in kept}
         kept.update({name: used[name] for name in self._claimed})
+
+    def _called(self, experiment: Experiment) -> str:
+        """Its name, unless that is a secret to some who are told."""
+        red = self.profiles.red_team_names
+        secret = any(arm.profile in red for arm in experiment.arms)
+        return "an experiment" if secret else f"the experiment {experiment.name}"
 
 
 def unknown_experiment(name: str, param: str) -> NotFoundError:

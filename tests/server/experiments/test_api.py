@@ -252,8 +252,9 @@ def test_a_profile_that_is_gone_stops_its_arm(tmp_path: Path) -> None:
     talk(restarted(tmp_path), ("POST", URL, definition()))
     host = make_host(profiles=[make_profile("shy")])
     host = hosting(host=host, folder=tmp_path)
-    [asked] = talk(host, ASK)
+    asked, shown = talk(host, ASK, ("GET", f"{URL}/trial"))
     assert told(asked) == ("raw", None)
+    assert (shown.status_code, shown.json()["status"]) == (200, "ended")
     [entry] = host.experiments
     assert entry.stopped["treated"].kind == "profile_missing"
     assert [(e.kind, e.arm) for e in events_of(host)] == [("profile_missing", "treated")]
