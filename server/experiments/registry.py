@@ -173,7 +173,7 @@ class Registry:
             )
         if self._file is not None:
             self.save()
-        self._claim()
+        self.claim()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -237,7 +237,7 @@ class Registry:
     def put(self, entry: Entry) -> None:
         """Let this be the entry of its experiment."""
         self._entries[entry.experiment.name] = entry
-        self._claim()
+        self.claim()
 
     def stop(self, name: str, version: int, arm: str, stop: Stop) -> bool:
         """Send an arm's units back to control; False if they are there already."""
@@ -328,8 +328,9 @@ class Registry:
             )
         del self._entries[over[0]]
 
-    def _claim(self) -> None:
-        """Keep the profiles in use from being removed."""
+    def claim(self) -> None:
+        """Keep the profiles in use from being removed, and no others. Where an experiment ends by
+        the clock, nobody says so: whoever is about to remove a profile does."""
         kept = self.profiles.kept
         used = {
             arm.profile: f"{self._called(entry.experiment)} uses it"

@@ -10,6 +10,7 @@ import pytest
 
 from server.access import Access
 from server.auth import hash_secret
+from server.errors import ConflictError
 from server.hosting import Host
 from tests.server.experiments.trials import ARMS, answers, experiment, hosting, unit_in
 from tests.server.fakes import (
@@ -255,16 +256,16 @@ def test_who_does_not_see_an_experiment_cannot_replace_it_nor_learn_of_it_from_a
     host = red_host()
     arms = [*RED, {"name": "mild", "profile": "bold"}]
     url, mine = "/v1/experiments", {"name": "trial", "arms": arms}
-    made, replaced, kept = as_keys(
+    made, replaced = as_keys(
         host,
         ("red-admin", "POST", url, mine),
         ("admin", "POST", url, {"name": "trial", "arms": ARMS}),
-        ("admin", "DELETE", "/v1/steering/profiles/bold"),
     )
-    assert (made.status_code, replaced.status_code, kept.status_code) == (201, 409, 409)
+    assert (made.status_code, replaced.status_code) == (201, 409)
     assert error_of(replaced)["message"] == "The name 'trial' is taken."
     assert host.experiments.find("trial").experiment.version == 1
-    assert "trial" not in kept.text
+    with pytest.raises(ConflictError, match="removed: an experiment uses it"):
+        host.profiles.remove("bold")
 
 
 def test_others_learn_nothing_of_a_version_with_a_red_team_arm() -> None:
