@@ -25,7 +25,7 @@ from server.experiments.interfaces import (
 )
 from server.experiments.judging import JudgeCard
 from server.experiments.registry import Registry
-from server.experiments.report import make_report
+from server.experiments.report_making import make_report
 from server.experiments.store import open_records
 from server.grammar import GrammarCompiler
 from server.profiles import ProfileStore, profile_files

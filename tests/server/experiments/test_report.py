@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from server.experiments.records import AnswerRecord, EventRecord
-from server.experiments.report import Report, make_report
+from server.experiments.report import Report
+from server.experiments.report_making import make_report
 from steering.judge import Outcome
 from steering.judge_set import Card, Rate
 from steering.monitor import PromptClass
