@@ -36,6 +36,10 @@ from server.experiments.verdict import Decision, decide
 from steering.evaluate.statistics import holm, mcnemar
 from steering.judge_set import Card
 
+MOST_OTHERS = 0.05
+"""Share of answers by another judge than the one with the card that are left unjudged; where there
+are more, rates mix both judges' errors, and a warning says so."""
+
 MOST_LOOKS = 200
 """Of a confidence sequence in a report; all looks are paid for, these are drawn."""
 
@@ -61,6 +65,8 @@ def make_report(
     now = time.time() if now is None else now
     # Times are for people and tests; which answers count does not depend on them.
     events = sorted(events, key=lambda event: event.time)
+    cards = [judge_card] if isinstance(judge_card, Card) else (judge_card or {}).values()
+    records = _by_one_judge(records, {card.version for card in cards})
     answers = analysis.select(experiment, records, events)
     corrector = Corrector(judge_card, answers)
     ended = experiment.end is not None and now >= experiment.end.timestamp()
@@ -84,6 +90,18 @@ def make_report(
         (),
     )
     return dataclasses.replace(report, warnings=(*warnings_of(report, answers, corrector), *notes))
+
+
+def _by_one_judge(records: Iterable[AnswerRecord], versions: set[str]) -> list[AnswerRecord]:
+    """The records, where a slow judge's have few others among them: those it has not read yet, or
+    could not keep up with. They count as not judged, so that all rates have one judge's errors.
+    """
+    records = list(records)
+    judged = [record for record in records if record.outcome is not None]
+    others = {r.id for r in judged if r.judge not in versions and r.finish_reason != "tool_calls"}
+    if len(versions) != 1 or len(others) > MOST_OTHERS * len(judged):
+        return records
+    return [dataclasses.replace(r, outcome=None) if r.id in others else r for r in records]
 
 
 def _arm(answers: Answers, arm: Arm, corrector: Corrector) -> ArmReport:
