@@ -22,6 +22,7 @@ from server.errors import ApiError, ForbiddenError, UnauthorizedError, error_res
 from server.keyfile import read_keys
 from server.logs import current_key
 from server.metrics import Metrics
+from server.page import is_page
 from server.profiles import ProfileStore
 from server.quota import Charge, Quota
 
@@ -41,7 +42,7 @@ _READING = frozenset({"GET", "HEAD"})
 
 def scopes_needed(method: str, path: str, *, protect_metrics: bool = False) -> frozenset[str]:
     """The scopes of which a key needs one; none are needed if this is empty."""
-    if path in OPEN_PATHS or path in DOCUMENTATION:
+    if path in OPEN_PATHS or path in DOCUMENTATION or is_page(path):
         return frozenset()
     if path == "/metrics":
         return frozenset({"metrics"} if protect_metrics else ())

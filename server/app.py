@@ -15,6 +15,8 @@ from starlette.responses import JSONResponse, Response
 from server.access import DOCUMENTATION, AccessMiddleware, caller_of, declare_access
 from server.admin import add_admin
 from server.chat import complete, stream
+from server.compare import add_compare
+from server.compare_protocol import ComparisonChunk
 from server.completions import complete_text, stream_text
 from server.errors import UnavailableError, install_handlers
 from server.experiments.api import add_experiments
@@ -25,7 +27,8 @@ from server.headers import SecurityHeaders, cross_origin
 from server.hosting import Host
 from server.metrics import Metrics
 from server.middleware import RequestMiddleware
-from server.openapi import errors
+from server.openapi import errors, events_of
+from server.page import add_page
 from server.prepare import (
     Prepared,
     prepare,
@@ -35,7 +38,7 @@ from server.prepare import (
 )
 from server.profiles import COMPOSED, ProfileStore
 from server.protocol import ChatRequest, CompletionRequest, TokenizeRequest
-from server.reply import Answer
+from server.reply import Answer, submit
 from server.responses import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -70,11 +73,7 @@ def _streams(chunk: str) -> dict[str, Any]:
     """The response of an endpoint that can stream events which hold `chunk`."""
     return {
         "description": "The reply, or with `stream` its chunks, then `data: [DONE]`.",
-        "content": {
-            "text/event-stream": {
-                "schema": {"type": "string", "description": f"Events that hold {chunk}."}
-            }
-        },
+        "content": events_of(chunk),
         "headers": _HEADERS,
     }
 
@@ -115,10 +114,12 @@ def create_app(host: Host) -> FastAPI:
     install_handlers(app, lambda reason: metrics.rejections.labels(reason).inc())
     _add_generation(app, host, metrics, recorder)
     add_score(app, host)
+    add_compare(app, host, metrics, recorder)
     _add_lists(app, host)
     add_admin(app, host, metrics)
     add_experiments(app, host, recorder)
     _add_operations(app, host, metrics)
+    add_page(app)
     _declare_truthfully(app)
     return app
 
@@ -130,7 +131,7 @@ def _add_generation(app: FastAPI, host: Host, metrics: Metrics, recorder: Record
         complete: Callable[[Answer], Awaitable[BaseModel]],
         stream: Callable[[Answer], AsyncGenerator[str, None]],
     ) -> Response:
-        answer = Answer(host, metrics, prepared, request.state.arrived, recorder.ended)
+        [answer] = submit(host, metrics, [prepared], request.state.arrived, recorder.ended)
         request.state.noted = True
         if prepared.body.stream:
             return EventStream(stream(answer), answer.close, answer.headers)
@@ -313,11 +314,10 @@ def _declare_truthfully(app: FastAPI) -> None:
             schemas = document["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-            chunk = ChatCompletionChunk.model_json_schema(
-                ref_template="#/components/schemas/{model}"
-            )
-            schemas.update(chunk.pop("$defs", {}))
-            schemas["ChatCompletionChunk"] = chunk
+            for model in (ChatCompletionChunk, ComparisonChunk):
+                chunk = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas.update(chunk.pop("$defs", {}))
+                schemas[model.__name__] = chunk
         assert app.openapi_schema is not None
         return app.openapi_schema
 

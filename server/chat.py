@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from server.reply import Answer, Reply, TextToken
+from server.reply import Answer, Reply
+from server.reply_text import TextToken
 from server.responses import (
     ChatCompletion,
     ChatLogprobs,
@@ -18,6 +19,7 @@ from server.responses import (
 from server.sse import event, guarded
 from server.token_text import TokenTexts
 from server.tool_parsers import Call
+from server.trace import trace_of, traced_receipt
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON has no word for, as in OpenAI's API."""
@@ -45,7 +47,7 @@ def _choice(answer: Answer, reply: Reply) -> Choice:
         message=message,
         logprobs=chat_logprobs(answer, reply.tokens),
         finish_reason=reply.told_finish_reason,
-        steering=answer.choice_receipt(reply),
+        steering=traced_receipt(answer, reply),
     )
 
 
@@ -76,10 +78,13 @@ async def _events(answer: Answer) -> AsyncGenerator[str, None]:
         async for reply, piece in pieces:
             if piece is not None:
                 logprobs = chat_logprobs(answer, piece.tokens)
-                if piece.text or (logprobs and logprobs.content):
+                trace = trace_of(answer, piece.tokens)
+                if piece.text or (logprobs and logprobs.content) or trace:
                     choice = chunk(
                         reply, {"content": piece.text}, logprobs=logprobs and logprobs.model_dump()
                     )
+                    if trace is not None:
+                        choice["steering"] = {"trace": [entry.model_dump() for entry in trace]}
                     yield event({**head, "choices": [choice], **usage})
                 for call in piece.calls:
                     for delta in _call_deltas(call, reply.calls[call.index].id):

@@ -7,9 +7,11 @@ from contextlib import aclosing
 from typing import Any
 
 from server.chat import LEAST_LOGPROB
-from server.reply import Answer, Reply, TextToken
+from server.reply import Answer, Reply
+from server.reply_text import TextToken
 from server.responses import Completion, CompletionChoice, CompletionLogprobs
 from server.sse import event, guarded
+from server.trace import trace_of, traced_receipt
 
 
 async def complete_text(answer: Answer) -> Completion:
@@ -30,7 +32,7 @@ def _choice(answer: Answer, reply: Reply) -> CompletionChoice:
         text=reply.text,
         logprobs=completion_logprobs(answer, reply.tokens),
         finish_reason=reply.finish_reason,
-        steering=answer.choice_receipt(reply),
+        steering=traced_receipt(answer, reply),
     )
 
 
@@ -49,6 +51,11 @@ async def _events(answer: Answer) -> AsyncGenerator[str, None]:
             choice: dict[str, Any] = {"index": reply.index, "text": "", "logprobs": None}
             if piece is not None:
                 logprobs = completion_logprobs(answer, piece.tokens)
+                trace = trace_of(answer, piece.tokens)
+                if not (piece.text or (logprobs and logprobs.tokens) or trace):
+                    continue
+                if trace is not None:
+                    choice["steering"] = {"trace": [entry.model_dump() for entry in trace]}
                 choice |= {"text": piece.text, "logprobs": logprobs and logprobs.model_dump()}
                 yield event({**head, "choices": [choice | {"finish_reason": None}], **usage})
                 continue

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of errors."""
+"""What the OpenAPI document says of errors and of streams."""
 
 from __future__ import annotations
 
@@ -25,3 +25,16 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {"description": _ERRORS[status], "model": ErrorEnvelope}
         for status in sorted({*statuses, 500})
     }
+
+
+def events_of(chunk: str) -> dict[str, Any]:
+    """The content of a stream whose events hold `chunk`, a schema's name; `[DONE]` ends it."""
+    told = {
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{chunk}"},
+    }
+    failed = {**told, "contentSchema": {"$ref": "#/components/schemas/ErrorEnvelope"}}
+    data = {"type": "string", "anyOf": [told, failed, {"const": "[DONE]"}]}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    # OpenAPI 3.2's word for the items of a stream; FastAPI's own document has it in 3.1 too.
+    return {"text/event-stream": {"itemSchema": event}}

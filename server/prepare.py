@@ -169,6 +169,7 @@ def _prepared(
             refusal_score=readable.refusal_score,
             client=caller.id,
             deadline=time.monotonic() + host.request_timeout,
+            trace=body.wants_trace,
         )
         _check(host, request, param)
         requests += [_choice(request, i) for i in range(body.choices)]

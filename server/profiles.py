@@ -244,6 +244,7 @@ class ProfileStore:
             folded=profile.name == self.folded,
             red_team=profile.red_team,
             derived_base=self.derived_base(profile),
+            layers=len(self._lm.sites.blocks),
             edits=[describe_edit(edit) for edit in profile.edits],
             card=finite(profile.card),
             provenance=finite(profile.provenance),

@@ -155,6 +155,11 @@ class SteeringChoice(Strict):
     phase: Phase | None = Field(
         None, description="Which tokens the edits meet. Default: each edit's own phase."
     )
+    trace: bool | None = Field(
+        None,
+        description="Tell with each token what was read when it was chosen, in the choice's "
+        "`steering.trace`.",
+    )
 
 
 MAX_CHOICES = 16
@@ -194,16 +199,25 @@ def _parts(body: Any) -> int:
     """What has a validation of its own, apart from messages and their usual keys."""
     if not isinstance(body, dict):
         return 0
-    count, messages, prompts = len(body), body.get("messages"), body.get("prompt")
-    if isinstance(messages, list) and len(messages) <= MOST_MESSAGES:
-        for message in messages:
-            if isinstance(message, dict):
-                count += max(len(message) - _USUAL_KEYS, 0)
-                lists = (message.get("content"), message.get("tool_calls"))
-                count += sum(len(value) for value in lists if isinstance(value, list))
+    count, prompts = len(body), body.get("prompt")
+    conversations, arms = [body.get("messages")], body.get("arms")
+    if isinstance(arms, list):
+        count += sum(len(arm) if isinstance(arm, dict) else 1 for arm in arms)
+        conversations += [arm.get("messages") for arm in arms if isinstance(arm, dict)]
+    for messages in conversations:
+        if isinstance(messages, list) and len(messages) <= MOST_MESSAGES:
+            count += sum(map(_parts_of_message, messages))
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
         count += len(prompts)
     return count
+
+
+def _parts_of_message(message: Any) -> int:
+    if not isinstance(message, dict):
+        return 0
+    lists = (message.get("content"), message.get("tool_calls"))
+    unusual = max(len(message) - _USUAL_KEYS, 0)
+    return unusual + sum(len(value) for value in lists if isinstance(value, list))
 
 
 def asked_profile(model: str, steering: SteeringChoice | None) -> dict[str, str]:
@@ -213,13 +227,9 @@ def asked_profile(model: str, steering: SteeringChoice | None) -> dict[str, str]
     return {"model": model[:200]} | ({"profile": profile[:200]} if profile else {})
 
 
-class GenerationRequest(Body):
-    """What chat and plain completions have in common."""
+class SamplingFields(Body):
+    """How tokens are chosen, and when a reply ends."""
 
-    model_config = ConfigDict(extra="allow")
-
-    model: str = Field(description="The served name, or `<served name>:<profile>`.")
-    steering: SteeringChoice | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Newer name of `max_tokens`."
     )
@@ -259,9 +269,6 @@ class GenerationRequest(Body):
         description="The same seed gives the same reply, whoever else is being served. Of several "
         "choices, the one at index i of its prompt is what the seed plus i gives alone.",
     )
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
-        None, description="Choices per prompt; in all, at most as many as the server has slots."
-    )
     stop: (
         Annotated[
             Annotated[_StopString, Tag("<string>")]
@@ -270,6 +277,47 @@ class GenerationRequest(Body):
         ]
         | None
     ) = Field(None, description="Text that ends the reply and is not part of it; up to 4.")
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _keys_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or ():
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", key):  # one way to write each
+                raise ValueError(
+                    f"'logit_bias' must have token ids for keys (got {json.dumps(key[:40])})"
+                )
+        return value
+
+    @property
+    def asked_tokens(self) -> int | None:
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def check_limits(self) -> None:
+        """Refuse two limits that contradict each other."""
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError(
+                "'max_tokens' and 'max_completion_tokens' contradict each other; send one of them.",
+                param="max_tokens",
+            )
+
+
+class GenerationRequest(SamplingFields):
+    """What chat and plain completions have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = Field(description="The served name, or `<served name>:<profile>`.")
+    steering: SteeringChoice | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = Field(
+        None, description="Choices per prompt; in all, at most as many as the server has slots."
+    )
     stream: bool | None = Field(None, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Identifies the end user.")
@@ -284,16 +332,6 @@ class GenerationRequest(Body):
         | None
     ) = None
 
-    @field_validator("logit_bias")
-    @classmethod
-    def _keys_are_token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        for key in value or ():
-            if not re.fullmatch("0|[1-9][0-9]{0,8}", key):  # one way to write each
-                raise ValueError(
-                    f"'logit_bias' must have token ids for keys (got {json.dumps(key[:40])})"
-                )
-        return value
-
     @property
     def asked_profile(self) -> dict[str, str]:
         """Who was asked for, in short, for the audit log."""
@@ -305,19 +343,9 @@ class GenerationRequest(Body):
         """What was asked, for audit logs that hold text."""
 
     @property
-    def asked_tokens(self) -> int | None:
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return self.max_tokens
-
-    @property
     def choices(self) -> int:
         """Choices per prompt."""
         return self.n or 1
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def include_usage(self) -> bool:
@@ -327,6 +355,10 @@ class GenerationRequest(Body):
     @abstractmethod
     def continues_text(self) -> bool:
         """Whether the reply is the rest of a text that the prompt begins, or a text of its own."""
+
+    @property
+    def wants_trace(self) -> bool:
+        return self.steering is not None and bool(self.steering.trace)
 
     @property
     @abstractmethod
@@ -339,12 +371,7 @@ class GenerationRequest(Body):
             raise InvalidRequestError(
                 "'stream_options' is only possible with 'stream': true.", param="stream_options"
             )
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise InvalidRequestError(
-                "'max_tokens' and 'max_completion_tokens' contradict each other; send one of them.",
-                param="max_tokens",
-            )
+        self.check_limits()
         return []
 
 
@@ -587,7 +614,13 @@ class ScoreRequest(Body):
     steering: SteeringChoice | None = None
 
     def as_chat(self) -> ChatRequest:
-        """The cheapest chat request that reads the same."""
+        """The cheapest chat request that reads the same. Raises InvalidRequestError."""
+        if self.steering is not None and self.steering.trace:
+            raise InvalidRequestError(
+                "A trace is of a reply's tokens, and a score has none; leave 'steering.trace' out.",
+                param="steering.trace",
+                code="unsupported_parameter",
+            )
         return ChatRequest.model_construct(
             model=self.model,
             messages=self.messages,

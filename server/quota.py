@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from server.auth import Key
 from server.errors import RateLimitError
@@ -93,6 +93,12 @@ class Charge:
     def __init__(self, bucket: TokenBucket | None, reserved: int) -> None:
         self._bucket = bucket
         self._reserved = reserved
+
+    def split(self, parts: Sequence[int]) -> list[Charge]:
+        """One for each part of what was reserved; this one is theirs from now on."""
+        assert sum(parts) == self._reserved or self._bucket is None
+        bucket, self._bucket = self._bucket, None
+        return [Charge(bucket, part) for part in parts]
 
     def settle(self, used: int) -> None:
         """The reply has ended; only the first call counts."""

@@ -10,13 +10,12 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
-from server.detokenize import Detokenizer
 from server.engine.base import (
     EngineError,
     EngineRequest,
@@ -28,9 +27,12 @@ from server.engine.base import (
 from server.errors import from_engine
 from server.hosting import Host
 from server.logs import current_request
+from server.merge import merged
 from server.metrics import Meter, Metrics, ReplyMeter
 from server.prepare import Prepared, profiles_used
 from server.profiles import finite
+from server.quota import Charge
+from server.reply_text import Piece, ReplyText, TextToken
 from server.responses import (
     CalledFunction,
     ChatFinishReason,
@@ -41,89 +43,11 @@ from server.responses import (
     ToolCall,
     Usage,
 )
-from server.stops import StopStrings
 from server.tool_parsers import Call, Text, ToolParser
 from steering.judge import Outcome, version_of
 from steering.monitor import PromptClass
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TextToken:
-    """A token of a reply's text.
-
-    Args:
-        offset: characters of the reply before it.
-    """
-
-    token: EngineToken
-    offset: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a reply: text, the tokens that begin in it, and tool calls. Any may be empty.
-
-    Where a reply may hold calls, its tokens are those of the calls' text, too.
-    """
-
-    text: str
-    tokens: tuple[TextToken, ...] = ()
-    calls: tuple[Call, ...] = ()
-
-
-class ReplyText:
-    """Tokens to text, without half characters, stop strings or what may become one.
-
-    A token is handed out with the first piece of text that goes beyond its beginning, so that the
-    tokens of what was shown are those of the text, whatever was held back or cut off.
-
-    Args:
-        markup: special tokens that are text here.
-        after: tokens of the text that this one continues.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        stops: tuple[str, ...],
-        markup: tuple[str, ...] = (),
-        after: tuple[int, ...] = (),
-    ) -> None:
-        self._detokenizer = Detokenizer(tokenizer, keep=markup, after=after)
-        self._stops = StopStrings(stops)
-        self._decoded = 0
-        self._shown = 0
-        self._tokens: list[TextToken] = []
-
-    @property
-    def stopped(self) -> bool:
-        """True once a stop string has appeared."""
-        return self._stops.stopped
-
-    def push(self, token: EngineToken) -> Piece:
-        """What the token lets be shown."""
-        # A token that ends the sequence is not part of the text, special or not.
-        if token.finish_reason == "stop":
-            return self._finish("")
-        self._tokens.append(TextToken(token, self._decoded))
-        text = self._detokenizer.push(token.token_id)
-        if token.finish_reason is not None:
-            return self._finish(text)
-        self._decoded += len(text)
-        return self._release(self._stops.push(text), end=self.stopped)
-
-    def _finish(self, text: str) -> Piece:
-        shown = self._stops.push(text + self._detokenizer.flush())
-        return self._release(shown + self._stops.flush(), end=True)
-
-    def _release(self, text: str, *, end: bool) -> Piece:
-        self._shown += len(text)
-        whole = end and not self.stopped
-        count = sum(whole or t.offset < self._shown for t in self._tokens)
-        tokens, self._tokens = self._tokens[:count], self._tokens[count:]
-        return Piece(text, tuple(tokens))
 
 
 class Reply:
@@ -151,7 +75,8 @@ class Reply:
         self.calls: list[ToolCall] = []
         self._host = host
         self._text: list[str] = []
-        self._scores = PromptScores()
+        self.scores = PromptScores()
+        """Of the prompt; all None before the first token."""
         self.outcome: Outcome | None = None
         self.ended_by = "cancelled"
         """A finish reason, `error` or `cancelled`."""
@@ -159,25 +84,26 @@ class Reply:
         self._meter = meter
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The reply as it comes, in pieces that say something; it is judged by the end. Raises
-        ApiError."""
+        """The reply as it comes: a first piece, then those that say something; it is judged by the
+        end. Raises ApiError."""
         tools = self.prepared.tools
         parser = tools.parser()
         body = self.prepared.body
         after = self.prepared.requests[self.index].prompt_ids if body.continues_text else ()
         text = ReplyText(self._host.lm.tokenizer, body.stop_strings, tools.markup, after)
-        wants_tokens = body.wanted_logprobs is not None
+        wants_tokens = body.wanted_logprobs is not None or body.wants_trace
         try:
             async for token in self._stream:
                 # The choices of one prompt share its scores, which count once.
                 scores = token.scores if self._first_of_prompt else None
                 self._meter.token(scores, token.queue_seconds, token.cached_tokens)
+                first = self._meter.tokens == 1
                 if token.scores is not None:
-                    self._scores = token.scores
+                    self.scores = token.scores
                 piece = text.push(token)
                 self.finish_reason = "stop" if text.stopped else token.finish_reason
                 piece = self._take(piece, parser)
-                if piece.text or piece.calls or (piece.tokens and wants_tokens):
+                if first or piece.text or piece.calls or (piece.tokens and wants_tokens):
                     yield piece
                 if text.stopped:
                     await self._stream.aclose()  # frees the slot
@@ -246,7 +172,7 @@ class Reply:
 
     @property
     def prompt_class(self) -> PromptClass:
-        return self._host.prompt_class(self._scores.benign_probability)
+        return self._host.prompt_class(self.scores.benign_probability)
 
     @property
     def request(self) -> EngineRequest:
@@ -285,7 +211,7 @@ class Reply:
 
     @property
     def receipt(self) -> ChoiceReceipt:
-        scores = self._scores
+        scores = self.scores
         return ChoiceReceipt(
             refusal_score=finite(scores.refusal_score),
             answer_probability=finite(scores.answer_probability),
@@ -295,7 +221,16 @@ class Reply:
 
 
 class Answer:
-    """All replies to one request: read `pieces` to the end, and `close` in any case."""
+    """All replies to one request: read `pieces` to the end, and `close` in any case.
+
+    `submit` makes them.
+
+    Args:
+        since: `time.perf_counter()` at the request's arrival.
+        on_end: called with each reply (see there).
+        streams: the engine's, one per request.
+        charge: what was reserved for them.
+    """
 
     def __init__(
         self,
@@ -303,28 +238,17 @@ class Answer:
         metrics: Metrics,
         prepared: Prepared,
         since: float,
-        on_end: Callable[[Reply], None] | None = None,
+        on_end: Callable[[Reply], None] | None,
+        streams: Sequence[AsyncGenerator[EngineToken, None]],
+        charge: Charge,
     ) -> None:
-        """Submit the request; `on_end` is called with each reply (see there).
-
-        Raises EngineError where the engine turns it down, RateLimitError where the caller's
-        minute is used up.
-        """
         self.host = host
         self.prepared = prepared
         self.created = int(time.time())
         self._request_id = current_request.get()
         self._closed = False
+        self._charge = charge
         profile, choices = prepared.composition.label, prepared.body.choices
-        self._charge = prepared.caller.reserve(
-            sum(len(request.prompt_ids) for request in prepared.requests[::choices])
-            + sum(request.sampling.max_tokens for request in prepared.requests)
-        )
-        try:
-            streams = host.engine.generate_all(prepared.requests)
-        except BaseException:
-            self._charge.settle(0)
-            raise
         self.replies = [
             Reply(
                 host,
@@ -347,30 +271,11 @@ class Answer:
                     yield reply, piece
             yield reply, None
             return
-        arrived: asyncio.Queue[tuple[Reply, Piece | Exception | None]] = asyncio.Queue()
-
-        async def read(reply: Reply) -> None:
-            end: Exception | None = None
-            try:
-                async for piece in reply.pieces():
-                    arrived.put_nowait((reply, piece))
-            except Exception as error:
-                end = error
-            arrived.put_nowait((reply, end))
-
-        readers = [asyncio.create_task(read(reply)) for reply in self.replies]
-        try:
-            under_way = len(readers)
-            while under_way:
-                reply, item = await arrived.get()
+        async with aclosing(merged([reply.pieces() for reply in self.replies])) as pieces_of_all:
+            async for i, item in pieces_of_all:
                 if isinstance(item, Exception):
                     raise item
-                under_way -= item is None
-                yield reply, item
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+                yield self.replies[i], item
 
     async def close(self) -> None:
         """Cancel what has not ended, and note what became of it."""
@@ -414,9 +319,7 @@ class Answer:
         if (exposure := self.prepared.exposure) is not None:
             headers["X-Steering-Experiment"] = exposure.experiment.name
             headers["X-Steering-Arm"] = exposure.arm.name
-        if ignored:
-            headers["X-Ignored-Fields"] = ", ".join(dict.fromkeys(map(_header_safe, ignored[:20])))
-        return headers
+        return headers | ignored_header(ignored)
 
     @property
     def head(self) -> dict[str, Any]:
@@ -463,6 +366,42 @@ class Answer:
         return f"fp_{weights}_{self.prepared.composition.fingerprint[:8] or 'raw'}"
 
 
+def submit(
+    host: Host,
+    metrics: Metrics,
+    prepared: Sequence[Prepared],
+    since: float,
+    on_end: Callable[[Reply], None] | None = None,
+) -> list[Answer]:
+    """Submit requests of one caller together, all or none; their answers.
+
+    Raises EngineError where the engine turns them down, RateLimitError where the caller's minute
+    does not hold them all.
+    """
+    costs = [_most_tokens(each) for each in prepared]
+    charges = prepared[0].caller.reserve(sum(costs)).split(costs)
+    requests = [request for each in prepared for request in each.requests]
+    try:
+        streams = iter(host.engine.generate_all(requests))
+    except BaseException:
+        for charge in charges:
+            charge.settle(0)
+        raise
+    answers = []
+    for each, charge in zip(prepared, charges, strict=True):
+        own = list(islice(streams, len(each.requests)))
+        answers.append(Answer(host, metrics, each, since, on_end, own, charge))
+    return answers
+
+
+def _most_tokens(prepared: Prepared) -> int:
+    """What it can come to: prompts, each once, and replies."""
+    prompts = prepared.requests[:: prepared.body.choices]
+    return sum(len(request.prompt_ids) for request in prompts) + sum(
+        request.sampling.max_tokens for request in prepared.requests
+    )
+
+
 def audit_fields(prepared: Prepared) -> dict[str, Any]:
     """Who asked whom, for the audit log."""
     composition, exposure = prepared.composition, prepared.exposure
@@ -505,6 +444,13 @@ def answered_by(host: Host, prepared: Prepared) -> dict[str, Any]:
     if prepared.out_of_template:
         said["monitor"] = "out_of_template"
     return said
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """The header that names the fields of a request which nobody knows, if there are any."""
+    if not names:
+        return {}
+    return {"X-Ignored-Fields": ", ".join(dict.fromkeys(map(_header_safe, names[:20])))}
 
 
 def _header_safe(name: str) -> str:

@@ -81,6 +81,25 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
+class TracedToken(BaseModel):
+    """What was read in the forward pass that chose a token, at the position before it. Null where
+    nothing was read."""
+
+    token: str = Field(description="Its text; `bytes:\\xe2\\x80` for a part of a character.")
+    offset: int = Field(description="Characters (code points) of the reply before it.")
+    answer_probability: float | None = Field(
+        description="By the profile's answer probe, which was calibrated on the last prompt token: "
+        "what it reads later is an extrapolation."
+    )
+    benign_probability: float | None = Field(
+        description="By the best benign probe in this very pass, edits and all; the receipt's is "
+        "the unedited model's. Calibrated on the last prompt token, too."
+    )
+    edit_norm: float | None = Field(
+        description="Norm of the edits' change over the hidden state's, the largest over the sites."
+    )
+
+
 class ChoiceReceipt(BaseModel):
     """A choice's part of the receipt, where one request has several."""
 
@@ -88,6 +107,14 @@ class ChoiceReceipt(BaseModel):
     answer_probability: float | None = None
     benign_probability: float | None = None
     outcome: Outcome | None = None
+
+
+class TracedReceipt(ChoiceReceipt):
+    """A choice's own part of the receipt, with its trace; in a stream, the trace alone."""
+
+    trace: list[TracedToken] = Field(
+        description="An entry per token; in a stream, those that begin in the chunk's text."
+    )
 
 
 class TopLogprob(BaseModel):
@@ -122,7 +149,9 @@ class Choice(BaseModel):
     message: ReplyMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason
-    steering: ChoiceReceipt | None = Field(None, description="Only where there are several.")
+    steering: TracedReceipt | ChoiceReceipt | None = Field(
+        None, description="Only where there are several, or a trace."
+    )
 
 
 class ChatCompletion(BaseModel):
@@ -159,8 +188,10 @@ class ChunkChoice(BaseModel):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatFinishReason | None = None
-    steering: ChoiceReceipt | None = Field(
-        None, description="With the finish reason, where there are several choices."
+    steering: TracedReceipt | ChoiceReceipt | None = Field(
+        None,
+        description="With the finish reason, where there are several choices; with text, its "
+        "`trace` and nothing else.",
     )
 
 
@@ -191,7 +222,9 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: FinishReason | None = Field(description="Null in a stream, but for the last.")
-    steering: ChoiceReceipt | None = Field(None, description="Only where there are several.")
+    steering: TracedReceipt | ChoiceReceipt | None = Field(
+        None, description="Only where there are several, or a trace."
+    )
 
 
 class Completion(BaseModel):
@@ -245,6 +278,7 @@ class ProfileCard(BaseModel):
     folded: bool = Field(description="It is part of the weights (`--fold`).")
     red_team: bool
     derived_base: bool = Field(description="Fitted on other weights than the ones served.")
+    layers: int = Field(description="Blocks of the model, of which the edits' sites name some.")
     edits: list[dict[str, Any]]
     card: dict[str, Any]
     provenance: dict[str, Any]

@@ -15,7 +15,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from server.errors import ApiError, InternalError
 
@@ -25,6 +25,10 @@ T = TypeVar("T")
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 DONE = "data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which readers of events skip."""
+SILENCE_SECONDS = 15.0
+"""After which a comment is sent, since proxies close what is silent: a request may wait long."""
 
 
 class ClientGoneError(Exception):
@@ -87,12 +91,36 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(self.stream_response(send), receive)
+            await unless_gone(self._send_all(send), receive)
         except (ClientGoneError, OSError):
             pass  # nobody is left to be told
         finally:
             await self._events.aclose()
             await self._on_close()
+
+    async def _send_all(self, send: Send) -> None:
+        """The events, each one message, and comments between them."""
+        loop, open_, last = asyncio.get_running_loop(), False, 0.0
+
+        async def note(message: Message) -> None:
+            nonlocal open_, last
+            open_, last = bool(message.get("more_body", True)), loop.time()
+            await send(message)
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(SILENCE_SECONDS / 4)
+                if open_ and loop.time() >= last + SILENCE_SECONDS:
+                    comment = {"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True}
+                    await note(comment)
+
+        last = loop.time()
+        beat = asyncio.create_task(keep_alive())
+        try:
+            await self.stream_response(note)
+        finally:
+            beat.cancel()
+            await asyncio.gather(beat, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:

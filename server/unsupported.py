@@ -64,6 +64,20 @@ UNSUPPORTED_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "top_logprobs": (0,),
 }
+UNSUPPORTED_IN_COMPARE: dict[str, tuple[Any, ...]] = {
+    **UNSUPPORTED,
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "logprobs": (False,),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "steering": ({},),
+    "stream_options": ({}, {"include_usage": True}),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
 UNSUPPORTED_IN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),

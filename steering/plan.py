@@ -254,9 +254,6 @@ class Step:
     captured: dict[Site, Tensor] = field(default_factory=dict)
     """Float32 by site: the state after its edits, pooled; `[B, D]`, each row's last column, by
     default."""
-    edit_norm: Tensor | None = None
-    """`[B]`: with `measure`, norm of the change over norm of the state, at the last prompt token
-    of each row that reads it in this call, the largest over its sites; else 0."""
     gates: Tensor | None = None
     """`[entries, T]` gate values of this call."""
     recorded: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -282,8 +279,7 @@ class Step:
         self._wanted = {*self.stacks, *self.gate_stacks, *self.capture}
         self._reached: set[Site] = set()
         self._phase_table: Tensor | None = None
-        if self.measure:
-            self.edit_norm = torch.zeros(count, device=self.plan.device)
+        self._norms: list[tuple[Tensor, Tensor, Tensor]] = []
 
     # What a hook does, in order: read gates, edit, capture.
 
@@ -395,8 +391,8 @@ class Step:
             n, column, entry = stack.gated
             inner[n, :, column] *= self._gate_table(x.shape[1])[entry]
         change = torch.bmm(inner, stack.write)
-        if self.measure and not self.generating:
-            self._measure(stack, selected, change)
+        if self.measure:
+            self._norms.append(self._measure(stack, selected, change))
         edited = (selected + change).to(x.dtype)
         if stack.rows is None:
             return edited
@@ -404,14 +400,48 @@ class Step:
         out[stack.rows] = edited
         return out
 
-    def _measure(self, stack: _SiteStack, x: Tensor, change: Tensor) -> None:
-        assert self.edit_norm is not None
-        indices = range(len(self.plan.rows)) if stack.rows is None else stack.rows.tolist()
-        for k, i in enumerate(indices):
-            last = self.plan.rows[i].prompt_length - 1 - self.starts[i]
-            if 0 <= last < self.lengths[i]:
-                ratio = change[k, last].norm() / x[k, last].norm().clamp_min(1e-12)
-                self.edit_norm[i] = torch.maximum(self.edit_norm[i], ratio.float())
+    def _measure(
+        self, stack: _SiteStack, x: Tensor, change: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row indices, norm of the state and norm of the change, each `[N]`."""
+        rows, columns, _ = self._measured
+        rows = rows if stack.rows is None else stack.rows
+        if x.shape[1] == 1:
+            x, change = x[:, 0], change[:, 0]
+        else:
+            each = torch.arange(len(x), device=x.device)
+            x, change = x[each, columns[rows]], change[each, columns[rows]]
+        norm = torch.linalg.vector_norm
+        return rows, norm(x, dim=-1), norm(change, dim=-1)
+
+    @cached_property
+    def _measured(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Row indices, the columns at which `edit_norm` is measured, and whether they are in this
+        call, each `[B]`."""
+        columns = [
+            row.prompt_length - 1 - start if start < row.prompt_length else length - 1
+            for row, start, length in zip(self.plan.rows, self.starts, self.lengths, strict=True)
+        ]
+        wanted = torch.tensor(columns)
+        last = torch.tensor(list(self.lengths)) - 1
+        device = self.plan.device
+        rows = torch.arange(len(columns), device=device)
+        return rows, wanted.minimum(last).to(device), (wanted <= last).to(device)
+
+    @cached_property
+    def edit_norm(self) -> Tensor | None:
+        """`[B]` when the call is done: with `measure`, norm of the change over norm of the state,
+        the largest over the sites. It is that of the last prompt token of a row that reads its
+        prompt, 0 if this call does not reach it, and of the last column of a row that generates."""
+        if not self.measure:
+            return None
+        largest = torch.zeros(len(self.plan.rows), device=self.plan.device)
+        if self._norms:
+            # All sites at once, since each operation on so little costs more than what it computes.
+            rows, states, changes = map(torch.cat, zip(*self._norms, strict=True))
+            ratios = torch.where(self._measured[2][rows], changes / states.clamp_min(1e-12), 0.0)
+            largest.scatter_reduce_(0, rows, ratios.float(), "amax")
+        return largest
 
 
 class Steering:

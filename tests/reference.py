@@ -6,7 +6,7 @@ Slow and obvious on purpose. Everything that serves edits is compared with this.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,26 @@ def edited_logits(
     lm: LanguageModel, tokens: Sequence[int], prompt_length: int, edits: Sequence[AppliedEdit]
 ) -> Tensor:
     """Logits `[len(tokens), V]` of one sequence, every position computed afresh."""
-    state = _Reference(edits, prompt_length)
+    return _run(lm, tokens, _Reference(edits, prompt_length))
+
+
+def edited_states(
+    lm: LanguageModel,
+    tokens: Sequence[int],
+    prompt_length: int,
+    edits: Sequence[AppliedEdit],
+    sites: Collection[Site],
+) -> tuple[dict[Site, Tensor], Tensor]:
+    """States `[len(tokens), D]` of one sequence after the edits at these sites, and at each
+    position the norm of the edits' change over the state's, the largest over their sites."""
+    reference = _Reference(edits, prompt_length, sites)
+    _run(lm, tokens, reference)
+    return {site: reference.states[site] for site in sites}, reference.norms[: len(tokens)]
+
+
+def _run(lm: LanguageModel, tokens: Sequence[int], state: _Reference) -> Tensor:
     handles = []
-    sites = {a.edit.site for a in edits} | {a.edit.gate.site for a in edits if a.edit.gate}
-    for site in sorted(sites, key=lambda s: s.order):
+    for site in sorted(state.sites, key=lambda s: s.order):
         module = lm.sites.module_at(site)
         if site.point == "resid_pre":
             handles.append(
@@ -71,9 +87,15 @@ def greedy(
 
 
 class _Reference:
-    def __init__(self, edits: Sequence[AppliedEdit], prompt_length: int) -> None:
+    def __init__(
+        self, edits: Sequence[AppliedEdit], prompt_length: int, sites: Collection[Site] = ()
+    ) -> None:
         self.edits = edits
         self.prompt_length = prompt_length
+        gates = {a.edit.gate.site for a in edits if a.edit.gate}
+        self.sites = {a.edit.site for a in edits} | gates | set(sites)
+        self.states: dict[Site, Tensor] = {}
+        self.norms = torch.zeros(1)
         self.gates: dict[int, Any] = {}
         self.by_site: dict[Site, list[int]] = defaultdict(list)
         for i, applied in enumerate(edits):
@@ -101,6 +123,8 @@ class _Reference:
                 continue
             low_rank = x @ edit.read @ edit.write.T + edit.shift
             total += s * self.gates.get(i, 1.0) * low_rank * self._phase(edit, len(x))
+        self.norms = torch.maximum(self.norms, total.norm(dim=-1) / x.norm(dim=-1))
+        self.states[site] = x + total
         return (x + total)[None]
 
     def _phase(self, edit: Edit, length: int) -> Tensor:

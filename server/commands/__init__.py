@@ -15,6 +15,7 @@ from typing import Protocol, cast
 
 NAMES = (
     "serve",
+    "chat",
     "fit",
     "eval",
     "profiles",

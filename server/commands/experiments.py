@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import urllib.error
 import urllib.parse
-import urllib.request
 from base64 import b64decode
 from collections.abc import Mapping
 from pathlib import Path
+
+from server.commands import remote
 
 SUMMARY = "report on experiments, export records, or bring their database up to date"
 
@@ -26,9 +25,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--format", choices=("text", "json", "html"), default="text", help="default: text"
     )
-    report.add_argument(
-        "--key", default=os.environ.get("PILOTHOUSE_KEY"), help="default: $PILOTHOUSE_KEY"
-    )
+    remote.add_key(report)
     report.add_argument("--plots", type=Path, metavar="DIR", help="folder for plots, as PNG files")
     analyse = verbs.add_parser("analyse", help="report on a file of records, without a server")
     analyse.add_argument("file", type=Path, help="records and events, one JSON object a line")
@@ -157,25 +154,6 @@ def fetch_report(arguments: argparse.Namespace, format: str) -> str:
     if arguments.version is not None:
         query["version"] = str(arguments.version)
     name = urllib.parse.quote(arguments.name, safe="")
-    base = arguments.url.rstrip("/").removesuffix("/v1")
-    if not base.startswith(("http://", "https://")):
-        raise ValueError(f"--url {arguments.url}: write http://host:port")
-    address = f"{base}/v1/experiments/{name}/report?{urllib.parse.urlencode(query)}"
-    request = urllib.request.Request(address)
-    if arguments.key:
-        request.add_header("Authorization", f"Bearer {arguments.key}")
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return str(response.read().decode())
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{base}: {_told(error)}") from None
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"cannot reach {base}: {reason}; is the server running there?") from None
-
-
-def _told(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code}"
+    path = f"/v1/experiments/{name}/report?{urllib.parse.urlencode(query)}"
+    with remote.request(remote.base_of(arguments.url), path, key=arguments.key) as response:
+        return response.read().decode()

@@ -112,6 +112,7 @@ def _serve(settings: Settings, listener: socket.socket) -> None:
             ", ".join(host.profiles.names),
             host.profiles.default_name,
         )
+        logger.info("the page is at %s/", url(listener))
         # The libraries' and the model's half a million objects stay: looking through them for
         # garbage would stop every thread for some 0.3 s, time and again.
         gc.collect()

@@ -52,6 +52,9 @@ class Row:
         self.answer_probe: Probe | None = None
         self.benign_probability: float | None = None
         self.probing = False
+        self._monitored = monitor is not None
+        self.trace_probes: tuple[Probe | None, Probe | None] = (None, None)
+        """For the answer and for the benign probability of each token's trace."""
         if monitor is not None:
             if request.answer_probe is not None:
                 self.answer_probe = monitor.answer.get(request.answer_probe)
@@ -60,6 +63,9 @@ class Row:
                 self.benign_probe = monitor.benign_probe_for(request.edits)
             if self.benign_probe is None and monitor.benign and read == "always":
                 self.benign_probe, self.probing = monitor.benign_probe, True
+            if request.trace:
+                benign = monitor.benign_probe if monitor.benign and read != "off" else None
+                self.trace_probes = (self.answer_probe, benign)
         self.cached_tokens = 0
         """Of the prompt, as asked, taken from the prefix cache."""
         self.asked = self.edits
@@ -108,12 +114,12 @@ class Row:
 
     def scores(self, step: Step, i: int, refusal_score: float | None) -> PromptScores:
         """Scores from the call that ended the prompt, in which this was row `i`."""
-        latched = self.edits.latched
+        latched, norm = self.edits.latched, step.edit_norm
         return PromptScores(
             refusal_score=refusal_score if self.request.refusal_score else None,
             answer_probability=_probability(self.answer_probe, step, i),
             benign_probability=self.benign_probability,
-            edit_norm=None if step.edit_norm is None else float(step.edit_norm[i]),
+            edit_norm=float(norm[i]) if norm is not None and self._monitored else None,
             gate_values=tuple(float(latched[j]) for j in sorted(latched)),
         )
 

@@ -23,6 +23,7 @@ from server.engine.base import (
     EngineToken,
     PromptScores,
     StepFailedError,
+    TokenTrace,
 )
 from server.engine.cache import SlotCache
 from server.engine.hooks import Hooks
@@ -33,6 +34,7 @@ from server.engine.runner import Runner
 from server.engine.sampling import sample
 from server.engine.slots import SlotTable
 from server.engine.stream import Courier
+from server.engine.tracing import any_traced, read_traces, traced_sites
 from steering.models import LanguageModel
 from steering.monitor import Monitor
 
@@ -178,26 +180,25 @@ class Scheduler:
         lengths = [row.chunk_length(self.chunk) for row in rows]
         ends = [row.position + n == row.prompt_length for row, n in zip(rows, lengths, strict=True)]
         done = [i for i, row in enumerate(rows) if ends[i] and not row.probing]
+        first = [rows[i] for i in done]
+        probes = {p.site for row, end in zip(rows, ends, strict=True) if end for p in row.probes}
         logits, step = self.runner.run(
             rows,
             lengths,
-            capture={
-                p.site for row, end in zip(rows, ends, strict=True) if end for p in row.probes
-            },
-            measure=bool(done) and self.monitor is not None,
-            logits=bool(done),
+            capture=probes | traced_sites(first),
+            measure=bool(first) and (self.monitor is not None or any_traced(first)),
+            logits=bool(first),
         )
         for i, row in enumerate(rows):
             if ends[i]:
                 row.read_benign(step, i)
-        first = [rows[i] for i in done]
         if first:
             logits = logits[done]
             refusal: list[float | None] = [None] * len(done)
             if self.monitor is not None:
                 refusal = list(self.monitor.refusal_score(logits).tolist())
             scores = [rows[i].scores(step, i, s) for i, s in zip(done, refusal, strict=True)]
-            for row in self._choose(first, logits, scores):
+            for row in self._choose(first, logits, scores, read_traces(first, step, done)):
                 self.slots.join(row)
             self.courier.deliver()  # before what the first token need not wait for
         for row, end in zip(rows, ends, strict=True):
@@ -224,15 +225,23 @@ class Scheduler:
 
     def _decode(self, rows: list[Row]) -> None:
         """One more token for every row that has read its prompt."""
-        logits, _ = self.runner.run(rows, [1] * len(rows), decoding=True)
+        logits, step = self.runner.run(
+            rows,
+            [1] * len(rows),
+            capture=traced_sites(rows),
+            measure=any_traced(rows),
+            decoding=True,
+        )
         self._lost = 0
-        self._choose(rows, logits, [None] * len(rows))
+        traces = read_traces(rows, step, range(len(rows)))
+        self._choose(rows, logits, [None] * len(rows), traces)
 
     def _choose(
         self,
         rows: list[Row],
         logits: Tensor,
         scores: Sequence[PromptScores | None],
+        traces: Sequence[TokenTrace | None],
     ) -> list[Row]:
         """Choose and send a token per row; free the rows that end and return the others."""
         choice = sample(
@@ -259,6 +268,7 @@ class Scheduler:
                     scores=scores[i],
                     queue_seconds=row.queue_seconds if row.generated == 1 else None,
                     cached_tokens=row.cached_tokens if row.generated == 1 else None,
+                    trace=traces[i],
                 ),
             )
             if ended or full:

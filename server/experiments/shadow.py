@@ -145,6 +145,7 @@ def _as_asked(host: Host, seen: Reply, arm: Arm) -> Prepared:
         client=CLIENT,
         priority=PRIORITY,
         deadline=time.monotonic() + host.request_timeout,
+        trace=False,
     )
     return replace(
         whole,

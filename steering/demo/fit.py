@@ -27,6 +27,7 @@ from steering.methods.directional_ablation import DirectionalAblation
 from steering.methods.leace import Leace
 from steering.methods.llm_va import LlmVa
 from steering.methods.optimal_transport import OptimalTransport
+from steering.methods.raw import Raw
 from steering.models import LanguageModel, load_model
 from steering.monitor import MONITOR_FILE
 from steering.monitor_fit import fit_monitor
@@ -68,7 +69,8 @@ def fit_demo(
 ) -> list[Profile]:
     """Fit all profiles and the monitor of the demo model in `model`, and save them to `out`.
 
-    Takes some minutes. `report` is called with lines of progress, `progress` adds bars.
+    Takes some minutes. `report` is called with lines of progress, `progress` adds bars. Raw is
+    among the profiles for its card, which those of the others are compared with.
     """
     data = _data(_load(model), report=report, progress=progress)
     profiles = []
@@ -77,6 +79,7 @@ def fit_demo(
         profiles.append(fit_profile(method, data))
     report("monitor: fitting")
     fit_monitor(data, profiles).save(out / MONITOR_FILE)
+    profiles.insert(0, fit_profile(Raw(), data))
     for i, profile in enumerate(profiles):
         report(f"{profile.name}: measuring on the test split")
         held_out = measure(data.lm, profile, progress=progress).to_json()

@@ -22,6 +22,7 @@ from server.engine.base import (
     EngineStoppedError,
     EngineToken,
     PromptScores,
+    TokenTrace,
 )
 from server.hosting import Host
 from server.profiles import ProfileStore
@@ -107,6 +108,7 @@ class FakeEngine:
                     finish_reason="stop" if token_id == EOS else last,
                     scores=SCORES if i == 0 else None,
                     queue_seconds=0.001 if i == 0 else None,
+                    trace=TokenTrace(i / 100, 0.5, 0.25) if request.trace else None,
                 )
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.append(request.request_id)

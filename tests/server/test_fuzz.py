@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from server.compare_protocol import Comparison, ComparisonChunk
 from server.responses import ErrorEnvelope, Score, Tokens
 from tests.server.fakes import FakeEngine, error_of, events, http_client, make_host
 
@@ -55,6 +56,7 @@ steering = fields(
             max_size=9,
         ),
         "phase": st.sampled_from(["prompt", "generation", "all", "never"]),
+        "trace": flags,
     }
 )
 models = st.sampled_from(["tiny"] * 6 + ["tiny:bold", "tiny:shy", "tiny:gone", "tiny@x", "other"])
@@ -115,6 +117,11 @@ tools = st.lists(
     ),
     max_size=2,
 )
+arms = fields({"strength": st.sampled_from([0, 0.5, -1, 1e5]), "messages": messages}).flatmap(
+    lambda arm: st.sampled_from(["raw"] * 6 + ["bold", "shy", "gone"]).map(
+        lambda profile: {"profile": profile, **arm}
+    )
+)
 generation: dict[str, st.SearchStrategy[Any]] = {
     "steering": steering,
     "max_tokens": st.sampled_from([1, 5, 150, 0, 10**9]),
@@ -161,6 +168,14 @@ BODIES: dict[str, st.SearchStrategy[dict[str, Any]]] = {
         }
     ),
     "/v1/steering/score": fields({"steering": steering}),
+    "/v1/steering/compare": fields(
+        {
+            **{key: value for key, value in generation.items() if key not in ("n", "steering")},
+            "trace": flags,
+            "n": st.sampled_from([1, 1, 2]),
+            "chat_template_kwargs": st.dictionaries(texts, anything, max_size=1),
+        }
+    ),
     "/v1/steering/profiles": fields({"path": texts, "name": texts}),
 }
 prompts = (
@@ -180,8 +195,11 @@ def bodies(draw: Any, path: str) -> bytes:
     if kind == 1:
         return json.dumps(draw(anything)).encode()
     body: dict[str, Any] = {"model": draw(models)}
-    if path in ("/v1/chat/completions", "/v1/steering/score"):
+    if path in ("/v1/chat/completions", "/v1/steering/score", "/v1/steering/compare"):
         body["messages"] = draw(messages)
+    if path == "/v1/steering/compare":
+        body["model"] = draw(st.sampled_from(["tiny"] * 9 + ["tiny:bold"]))
+        body["arms"] = draw(st.lists(arms, min_size=1, max_size=3) | st.lists(arms))
     if path == "/v1/completions":
         body["prompt"] = draw(prompts)
     if path == "/tokenize":
@@ -204,6 +222,8 @@ def parse(path: str, response: httpx2.Response) -> None:
     if path == "/v1/completions":
         of_chunk: Any = Completion
         of_whole: Any = Completion
+    elif path == "/v1/steering/compare":
+        of_chunk, of_whole = ComparisonChunk, Comparison
     else:
         of_chunk, of_whole = ChatCompletionChunk, ChatCompletion
     if path == "/tokenize":

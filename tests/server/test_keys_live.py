@@ -24,12 +24,16 @@ from tests.server.live import wait_until
 
 
 class Server:
-    """`pilothouse serve` on a free port; its log as it comes."""
+    """`pilothouse serve` on a free port; its log as it comes.
 
-    def __init__(self, *arguments: object) -> None:
+    Args:
+        module: what runs the command.
+    """
+
+    def __init__(self, *arguments: object, module: str = "server.cli") -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PILOTHOUSE_")}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--threads", "1"]
+            [sys.executable, "-m", module, "serve", "--port", "0", "--threads", "1"]
             + [str(argument) for argument in arguments],
             stderr=subprocess.PIPE,
             text=True,

@@ -147,3 +147,26 @@ def test_a_disconnect_frees_the_real_engines_slot() -> None:
         ) as response:
             next(response.iter_lines())
         wait_until(lambda: engine.stats().slots_used == 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", body(stream=True)),
+        ("/v1/steering/compare", {"messages": body()["messages"], "arms": [{"profile": "raw"}]}),
+    ],
+)
+def test_a_stream_that_is_silent_for_long_is_kept_alive_by_comments(
+    path: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.sse.SILENCE_SECONDS", 0.1)
+    with live_server(make_host(FakeEngine("abc", delay=0.4))) as address:
+        text = httpx2.post(f"{address}{path}", json=asked, timeout=20).text
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        chunks = client.chat.completions.create(
+            model="tiny", messages=body()["messages"], stream=True
+        )
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "abc"
+    blocks = text.split("\n\n")
+    assert blocks.count(": keep-alive") >= 3 and blocks[-2:] == ["data: [DONE]", ""]
+    assert all(block.startswith(("data: ", ": keep-alive")) for block in blocks[:-1])

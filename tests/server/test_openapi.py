@@ -46,9 +46,12 @@ def test_every_key_of_a_request_is_documented() -> None:
         "strength",
         "profiles",
         "phase",
+        "trace",
     }
     assert {"prompt", "n", "logprobs"} <= set(schemas["CompletionRequest"]["properties"])
-    assert {"ChatCompletionChunk", "Completion", "Tokens"} <= set(schemas)
+    assert {"arms", "trace", "seed"} <= set(schemas["CompareRequest"]["properties"])
+    chunks = {"ChatCompletionChunk", "ComparisonChunk"}
+    assert {*chunks, "Completion", "Tokens"} <= set(schemas)
 
 
 def test_every_reference_resolves() -> None:

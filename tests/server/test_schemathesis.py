@@ -28,7 +28,13 @@ from tests.server.live import live_server
 MESSAGES = [{"role": "user", "content": "Hi"}]
 EXAMPLES = 20
 """Per operation and kind of request."""
-KNOWN = {"model": "tiny", "name": "bold", "steering": {"profile": "shy"}, "messages": MESSAGES}
+KNOWN = {
+    "model": "tiny",
+    "name": "bold",
+    "steering": {"profile": "shy"},
+    "messages": MESSAGES,
+    "arms": [{"profile": "raw"}, {"profile": "bold", "strength": 0.5}],
+}
 KNOWN_OF_EXPERIMENTS = {"name": "trial", "arm": "treated", "version": 1}
 CHECKS = [
     not_a_server_error,
