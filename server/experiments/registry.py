@@ -7,12 +7,9 @@ API made and whatever was stopped or ended survives a restart; without one it do
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +22,7 @@ from pydantic import ValidationError
 from server.errors import ConflictError, InvalidRequestError, NotFoundError
 from server.experiments.definitions import Experiment
 from server.profiles import ProfileStore
+from server.whole_file import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +276,8 @@ class Registry:
         if changed is not None:
             entries[changed.experiment.name] = changed
         data = {"format": 1, "experiments": [entry.to_json() for entry in entries.values()]}
-        _write(self._file, json.dumps(data, indent=1))
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._file, json.dumps(data, indent=1))
 
     def _check_defined(self, experiment: Experiment) -> None:
         for arm in experiment.arms:
@@ -393,19 +392,3 @@ def _read(file: Path) -> dict[str, Entry]:
             f"--experiments-state {file} is not what this server wrote: {told}"
         ) from None
     return {entry.experiment.name: entry for entry in entries}
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace the file at once: whoever reads it sees the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise

@@ -275,7 +275,7 @@ def test_a_folder_that_cannot_be_written_changes_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(registry_module, "_write", full)
+    monkeypatch.setattr(registry_module, "replace_file", full)
     refused, shown = talk(host, ("POST", URL, definition()), ("GET", URL))
     assert refused.status_code == 503 and shown.json()["data"] == []
 
