@@ -294,7 +294,7 @@ def _describe(host: Host, metrics: Metrics) -> None:
         lm.fingerprint.weights[:12],
         lm.revision,
         str(lm.dtype).removeprefix("torch."),
-        str(lm.device),
+        "vllm" if lm.device.type == "meta" else str(lm.device),
     ).set(1)
     for profile in host.profiles:
         metrics.add_profile(profile.name, profile.fingerprint, profile.method)

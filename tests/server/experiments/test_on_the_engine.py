@@ -12,7 +12,6 @@ import httpx2
 from server.engine.local import LocalEngine
 from server.experiments.assignment import assign, hashed
 from server.hosting import Host
-from steering.plan import sites_of
 from tests.conftest import make_model
 from tests.server.experiments.trials import answers, experiment, hosting
 from tests.server.fakes import body, http_client, make_host, running_app
@@ -25,7 +24,8 @@ def real_host(max_waiting: int = 64) -> Host:
         make_model("llama"), max_num_seqs=8, max_model_len=128, max_waiting=max_waiting
     )
     host = make_host(engine)
-    engine.attach(sites_of(edit for profile in host.profiles for edit in profile.edits))
+    for profile in host.profiles:
+        engine.register(profile)
     return host
 
 
