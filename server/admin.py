@@ -123,6 +123,7 @@ def add_admin(app: FastAPI, host: Host, metrics: Metrics) -> None:
         engine, caller = _engine(host), caller_of(request)
         async with turns:
             caller.sees(host.profiles).resolve(name, param="name")
+            host.experiments.claim()
             profile = host.profiles.remove(name)
             _note(host, request, profile, "removed")
             metrics.retire_profile(profile.name, profile.fingerprint, profile.method)

@@ -22,8 +22,9 @@ from server.experiments.interfaces import (
     Records,
     ReportMaker,
 )
+from server.experiments.judging import JudgeCard
 from server.experiments.registry import Registry
-from server.experiments.report import make_report
+from server.experiments.report_making import make_report
 from server.experiments.store import open_records
 from server.grammar import GrammarCompiler
 from server.loading import (
@@ -42,7 +43,6 @@ from server.tools import ToolSupport, find_tool_support
 from steering.demo import DEMO, DEMO_NAME
 from steering.fold import fold_into
 from steering.judge import Judge, Outcome, PhraseJudge, judge, make_judge
-from steering.judge_set import Card
 from steering.models import LanguageModel
 from steering.monitor import Monitor, PromptClass
 from steering.selftest import self_test
@@ -135,9 +135,9 @@ class Host:
         self.records.close()
 
     @cached_property
-    def judge_card(self) -> Card:
-        """How often the judge of records errs; a classifier takes a while to find out."""
-        return (self.classifier or PhraseJudge()).card()
+    def judge_card(self) -> JudgeCard:
+        """How often the judge of records errs."""
+        return JudgeCard(self.classifier or PhraseJudge())
 
     @cached_property
     def token_texts(self) -> TokenTexts:

@@ -20,6 +20,7 @@ Shapes: T tokens of the step, D hidden size, C columns, S slots, K gates, N rows
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,26 @@ from steering.edit import Gate
 
 WATCHED = 8
 """Tokens per step whose states the self-test can look at."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step is run for. A graph is always run whole; where Python runs in each step
+    (`--enforce-eager`), what nobody needs is left out.
+
+    Args:
+        edits: some token is edited.
+        readings: norms and probes of some token are wanted.
+        watched: some token is watched.
+    """
+
+    edits: bool = True
+    readings: bool = True
+    watched: bool = True
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.edits or self.readings or self.watched)
 
 
 class TokenInputs(nn.Module):
@@ -40,6 +61,8 @@ class TokenInputs(nn.Module):
             over the mean of the prompt; sum to 1 over the request when its prompt is read.
         forced: `[T]`, 1 where all gates count as 1 (self-test).
         watch: `[WATCHED]`, the tokens whose states are kept.
+
+    `needs` is no buffer: it may change only where no graph is made of the programs.
     """
 
     slot: Tensor
@@ -57,6 +80,7 @@ class TokenInputs(nn.Module):
             )
         for name in ("last", "mean", "forced"):
             self.register_buffer(name, torch.zeros(tokens, device=device), persistent=False)
+        self.needs = Needs()
         watch = torch.zeros(WATCHED, dtype=torch.long, device=device)
         self.register_buffer("watch", watch, persistent=False)
 
@@ -144,17 +168,21 @@ class SiteProgram(nn.Module):
         `residual` is what the block has yet to add to it, None where that is nothing. What the
         call reads (gates, probes, norms, watched states) is left in the buffers.
         """
-        count = h.shape[0]
-        x = h.float() if residual is None else h.float() + residual.float()
+        needs, count = self.inputs.needs, h.shape[0]
+        if needs.nothing:
+            return h
         if self.columns:
+            x = h.float() if residual is None else h.float() + residual.float()
             edited, change = self._edit(h, x, count)
-            self.norm[:count] = change.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
-            watch = self.inputs.watch
-            self.watched[:, 0] = x.index_select(0, watch)
-            self.watched[:, 1] = h.index_select(0, watch).float()
-            self.watched[:, 2] = edited.index_select(0, watch).float()
+            if needs.readings:
+                self.norm[:count] = change.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
+            if needs.watched:
+                watch = self.inputs.watch
+                self.watched[:, 0] = x.index_select(0, watch)
+                self.watched[:, 1] = h.index_select(0, watch).float()
+                self.watched[:, 2] = edited.index_select(0, watch).float()
             h = edited
-        if self.probes:
+        if self.probes and needs.readings:
             x = h.float() if residual is None else h.float() + residual.float()
             self.probed[:count] = x @ self.probe
         return h

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from server.engine.vllm.columns import PlacedEdit
 from server.engine.vllm.hooks import attach
 from server.engine.vllm.layout import Layout
-from server.engine.vllm.program import WATCHED, SiteProgram, TokenInputs
+from server.engine.vllm.program import WATCHED, Needs, SiteProgram, TokenInputs
 from server.engine.vllm.recipes import FIRST, PROMPT, REPLY, Recipe, Recipes
 from server.engine.vllm.wire import AskedEdit, RowSteering, unpack_edits, unpack_tensors
 from steering.edit import AppliedEdit, Site
@@ -87,6 +87,7 @@ class Steerer:
         dtype: of the hidden states.
         reads: whether this worker tells what was read; of workers that hold the same states one
             does. All tell what they found in a check.
+        eager: no graph is made of the programs, so that they may leave out what a step needs not.
     """
 
     send: Send
@@ -101,8 +102,10 @@ class Steerer:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         reads: bool = True,
+        eager: bool = False,
     ) -> None:
         self.layout = layout
+        self.eager = eager
         self.reads = reads
         self.dtype = dtype
         self.device = torch.device(device)
@@ -209,8 +212,10 @@ class Steerer:
 
     @torch.inference_mode()
     def clear(self) -> None:
-        """No token of the next step is anybody's (a dummy run)."""
+        """No token of the next step is anybody's (a dummy run, which tells vLLM what a step takes:
+        all of it is run)."""
         self._step = None
+        self.inputs.needs = Needs()
         if any(self._filled):
             for buffer, filled in zip(self._per_token(), self._filled, strict=True):
                 buffer[:filled] = 0
@@ -237,6 +242,7 @@ class Steerer:
         rows = [self._rows.get(request_id) for request_id in request_ids]
         if not any(rows):
             self.clear()
+            self._need(edits=False, readings=False, watched=False)
             return
         total = max(int(sum(counts)), *self._filled)
         slot, latch = (np.zeros(total, np.int64) for _ in range(2))
@@ -294,7 +300,13 @@ class Steerer:
         if watch:
             for program in self.programs.values():
                 program.watched.fill_(torch.nan)  # what a graph without the hook leaves there
+        edits = bool(self._filled[0] or self._filled[1])
+        self._need(edits=edits, readings=bool(step.reads), watched=bool(watch))
         self._step = step
+
+    def _need(self, **needs: bool) -> None:
+        if self.eager:
+            self.inputs.needs = Needs(**needs)
 
     def _on_device(self, values: np.ndarray[Any, Any]) -> Tensor:
         tensor = torch.from_numpy(values)

@@ -46,6 +46,7 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
             dtype=self.model_config.dtype,
             device=self.device,
             reads=get_tensor_model_parallel_rank() == 0,
+            eager=self.model_config.enforce_eager,
         )
         steer(runner, self.steerer, last_stage=get_pp_group().is_last_rank)
 

@@ -30,7 +30,12 @@ class Rig:
     """A steered model and an unsteered one with the same weights."""
 
     def __init__(
-        self, edits: Sequence[AppliedEdit], monitor: Monitor | None = None, **settings: Any
+        self,
+        edits: Sequence[AppliedEdit],
+        monitor: Monitor | None = None,
+        *,
+        eager: bool = False,
+        **settings: Any,
     ) -> None:
         self.model, self.plain = FakeModel(), FakeModel()
         self.layout = plan_layout(
@@ -43,6 +48,7 @@ class Rig:
             dict(enumerate(decoder_layers(self.model))),
             tokens=256,
             dtype=torch.float32,
+            eager=eager,
         )
         self.reports: list[dict[str, Any]] = []
         self.steerer.send = self.reports.extend
@@ -122,9 +128,10 @@ def expected(rig: Rig, name: str, edits: Sequence[AppliedEdit], prompt_length: i
     return h
 
 
-@pytest.fixture
-def rig() -> Rig:
-    return Rig([a for edits in MIXTURE.values() for a in edits])
+@pytest.fixture(params=["graph", "eager"])
+def rig(request: pytest.FixtureRequest) -> Rig:
+    edits = [a for edits in MIXTURE.values() for a in edits]
+    return Rig(edits, eager=request.param == "eager")
 
 
 @torch.inference_mode()
@@ -231,13 +238,47 @@ def test_nothing_of_a_step_is_left_for_the_next(rig: Rig) -> None:
     assert torch.equal(cleared, rig.plain(torch.tensor(PROMPTS["raw"] * 2)[:7]))
 
 
+@torch.inference_mode()
+def test_eager_steps_leave_out_what_nobody_needs_and_graphs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[SiteProgram] = []
+    edit = SiteProgram._edit
+    monkeypatch.setattr(
+        SiteProgram, "_edit", lambda self, *args: ran.append(self) or edit(self, *args)
+    )
+    edits = MIXTURE["sublayers"]
+    for eager in (True, False):
+        rig = Rig(edits, eager=eager)
+        begun = [("raw", 5, rig.row("raw", ())), ("sublayers", 7, rig.row("sublayers", edits))]
+        rig.steerer.begin(begun, finished=())
+        for names, counts, all_needed in (
+            (["raw"], [5], False),
+            (["raw", "sublayers"], [5, 7], True),
+            (["nobody"], [3], False),
+        ):
+            PROMPTS["nobody"] = PROMPTS["raw"]
+            ran.clear()
+            for program in rig.steerer.programs.values():
+                program.norm.fill_(-1.0)
+            rig.step(names, [0] * len(names), counts)
+            assert len(ran) == (len(rig.steerer.programs) if all_needed or not eager else 0)
+            measured = [bool((p.norm >= 0).any()) for p in rig.steerer.programs.values()]
+            assert not any(measured) if eager else all(measured)
+        rig.steerer.clear()  # a dummy run shows vLLM what a whole step takes
+        ran.clear()
+        rig.model(torch.tensor(PROMPTS["raw"]))
+        assert len(ran) == len(rig.steerer.programs)
+
+
 def probe(site: str, seed: int) -> Probe:
     direction = torch.randn(SIZE, generator=torch.Generator().manual_seed(seed)) * 0.1
     return Probe(Site.parse(site), direction, 0.0, 0.9, 0.0)
 
 
 @torch.inference_mode()
-def test_reports_hold_what_the_edited_model_shows_at_the_last_prompt_token() -> None:
+@pytest.mark.parametrize("eager", [False, True])
+def test_reports_hold_what_the_edited_model_shows_at_the_last_prompt_token(eager: bool) -> None:
     monitor = Monitor(
         base=None,  # type: ignore[arg-type]
         benign=(probe("3.resid_post", 1),),
@@ -245,7 +286,7 @@ def test_reports_hold_what_the_edited_model_shows_at_the_last_prompt_token() -> 
         refusal_token_ids=REFUSALS,
     )
     edits = [AppliedEdit(random_edit("1.resid_pre", 2, seed=4), 0.5)]
-    rig = Rig(edits, monitor)
+    rig = Rig(edits, monitor, eager=eager)
     rig.steerer.begin([("raw", 5, rig.row("key", edits, report=True))], finished=())
     rig.step(["raw"], [0], [3])
     assert not rig.reports
