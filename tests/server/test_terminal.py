@@ -105,9 +105,17 @@ def test_strengths_are_set_by_name_or_number() -> None:
     with pytest.raises(ValueError, match="no column shy; there are raw, bold"):
         talk.set_strength("shy", 1.0)
     assert parse_profiles("raw, bold=0.5,") == [("raw", None), ("bold", 0.5)]
-    for wrong in ("", "bold=x"):
+    for wrong in ("", "bold=x", "bold=nan", "bold=inf"):
         with pytest.raises(ValueError):
             parse_profiles(wrong)
+
+
+def test_what_has_no_edits_has_no_strength_to_tell_of() -> None:
+    raw, bold = Column("raw"), Column("bold")
+    for column, fingerprint in ((raw, ""), (bold, "abc")):
+        told = {"profile": column.profile, "fingerprint": fingerprint, "strength": 3.0}
+        column.reply.take({"delta": {}, "finish_reason": None, "steering": told})
+    assert [raw.title, bold.title] == ["raw", "bold \u00d7 3"]
 
 
 def test_a_reply_is_cut_where_its_tokens_begin() -> None:
