@@ -21,8 +21,8 @@ function read(): string {
 }
 
 export function setKey(key: string): void {
-  apiKey.value = key.trim();
   keyWanted.value = false;
+  apiKey.value = key.trim(); // what is served is asked for anew at once
   try {
     if (apiKey.value) sessionStorage.setItem(KEY, apiKey.value);
     else sessionStorage.removeItem(KEY);
