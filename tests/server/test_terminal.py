@@ -352,7 +352,7 @@ class Terminal:
 
 
 def test_in_a_terminal_columns_grow_side_by_side_and_can_be_stopped() -> None:
-    engine = FakeEngine("Of course. " * 12, delay=0.02)
+    engine = FakeEngine("Of course. " * 200, delay=0.02)  # surely not over before Ctrl-C
     with live_server(make_host(engine)) as address:
         terminal = Terminal(
             sys.executable, "-m", "server.cli", "chat", "--url", address, "--profiles", "raw,bold"
