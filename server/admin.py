@@ -1,8 +1,8 @@
 """Profiles that come and go while the server runs.
 
-A new profile is read and checked on a thread of its own, then tested on the model itself
-(`steering.selftest`): six forward passes over at most two rows of one short prompt, handed to the
-engine's thread one at a time, each between two of its steps. So registering holds up a step by one
+A new profile is read and checked on a thread of its own, then tested on the model itself by the
+engine. The local one (`steering.selftest`) takes six forward passes over at most two rows of one
+short prompt, one at a time, each between two of its steps. So registering holds up a step by one
 such pass at most: with eight requests decoding on one thread of a busy machine, 16 to 28 ms on the
 demo model (a step: 20 ms) and 0.4 to 0.8 s on a Qwen2.5-0.5B shape (a step: 0.3 to 0.6 s). It
 changes no token.
@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from server.access import Caller, caller_of
-from server.engine.base import InProcessEngine
+from server.engine.base import Engine, RankLimitError
 from server.errors import (
     BodyTooLargeError,
     ConflictError,
@@ -46,9 +46,7 @@ from server.profile_folder import read_inside
 from server.protocol import RegisterRequest
 from server.responses import ProfileCard, ProfileDeleted
 from server.validation import describe, field_path
-from steering.plan import sites_of
 from steering.profile import Profile, ProfileError
-from steering.selftest import self_test
 
 UPLOAD = "application/octet-stream"
 MAX_QUEUED = 4
@@ -125,11 +123,11 @@ def add_admin(app: FastAPI, host: Host, metrics: Metrics) -> None:
         engine, caller = _engine(host), caller_of(request)
         async with turns:
             caller.sees(host.profiles).resolve(name, param="name")
+            host.experiments.claim()
             profile = host.profiles.remove(name)
             _note(host, request, profile, "removed")
             metrics.retire_profile(profile.name, profile.fingerprint, profile.method)
-            sites = sites_of(edit for other in host.profiles for edit in other.edits)
-            await asyncio.to_thread(engine.retain, sites)
+            await asyncio.to_thread(engine.retain, list(host.profiles))
         return ProfileDeleted(name=name)
 
 
@@ -146,7 +144,7 @@ def _note(host: Host, request: Request, profile: Profile, outcome: str) -> None:
     )
 
 
-def _engine(host: Host) -> InProcessEngine:
+def _engine(host: Host) -> Engine:
     if not host.ready:
         raise UnavailableError("The server is not ready.", headers={"Retry-After": "5"})
     if host.profiles.folded is not None:
@@ -154,8 +152,6 @@ def _engine(host: Host) -> InProcessEngine:
             "This server was started with --fold: one profile is part of its weights, and no other "
             "can be served."
         )
-    if not isinstance(host.engine, InProcessEngine):
-        raise ConflictError("This engine takes its profiles when it starts; restart it with them.")
     return host.engine
 
 
@@ -200,9 +196,7 @@ def _load(data: bytes, name: str | None, called: str) -> Profile:
         raise _unsound(error, "name") from error
 
 
-def _register(
-    host: Host, engine: InProcessEngine, read: Callable[[], Profile], caller: Caller
-) -> Profile:
+def _register(host: Host, engine: Engine, read: Callable[[], Profile], caller: Caller) -> Profile:
     """Read, check, test and offer a profile. Raises ApiError, and then nothing has changed."""
     store, limit = host.profiles, host.registration.max_profiles
     if len(store.names) >= limit:
@@ -229,10 +223,14 @@ def _register(
     try:
         store.check(profile)
         _check_ranks(profile)
-        self_test(host.lm, profile, engine.call)
+        engine.register(profile)
     except ProfileError as error:
         raise _unsound(error, None) from error
-    engine.attach(sites_of(profile.edits))
+    except RankLimitError as error:
+        raise ConflictError(
+            f"There is no room for this profile: {error}.",
+            code="rank_limit",
+        ) from error
     store.add(profile)
     return profile
 

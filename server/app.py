@@ -20,8 +20,9 @@ from server.compare_protocol import ComparisonChunk
 from server.completions import complete_text, stream_text
 from server.errors import UnavailableError, install_handlers
 from server.experiments.api import add_experiments
-from server.experiments.choosing import enterable, experiment_named, find_enterable
+from server.experiments.choosing import experiment_named, find_enterable, visible
 from server.experiments.recording import Recorder
+from server.experiments.registry import unknown_experiment
 from server.headers import SecurityHeaders, cross_origin
 from server.hosting import Host
 from server.metrics import Metrics
@@ -199,14 +200,17 @@ def _add_lists(app: FastAPI, host: Host) -> None:
         known = {"created": host.created, "max_model_len": host.engine.max_model_len}
         if (named := experiment_named(profiles, model)) is None:
             return profiles.model_card(model, **known)
-        find_enterable(host.experiments, profiles, named)
+        entry = find_enterable(host.experiments, profiles, named)
+        if not visible(entry.experiment, profiles):
+            raise unknown_experiment(named, "model")
         return profiles.experiment_card(named, **known)
 
     def experiments(profiles: ProfileStore) -> list[str]:
         """Values of `model` that take part in one."""
         registry = host.experiments
-        shown = [e for e in registry if registry.status(e) != "ended" and enterable(e, profiles)]
-        return [f"{profiles.served_name}@{entry.experiment.name}" for entry in shown]
+        going_on = [e.experiment for e in registry if registry.status(e) != "ended"]
+        shown = [each.name for each in going_on if visible(each, profiles)]
+        return [f"{profiles.served_name}@{name}" for name in shown]
 
     @app.get("/v1/models", responses=errors(), tags=["models"], summary="List models")
     async def list_models(request: Request) -> ModelList:
@@ -274,7 +278,7 @@ def _add_operations(app: FastAPI, host: Host, metrics: Metrics) -> None:
         restricted = {
             entry.experiment.name
             for entry in host.experiments
-            if any(arm.profile in hidden for arm in entry.experiment.arms)
+            if any(arm.profile in hidden for each in entry.versions for arm in each.arms)
         }
         page, content_type = metrics.page(request.headers.get("accept", ""), hidden, restricted)
         return Response(page, headers={"Content-Type": content_type})
@@ -290,7 +294,7 @@ def _describe(host: Host, metrics: Metrics) -> None:
         lm.fingerprint.weights[:12],
         lm.revision,
         str(lm.dtype).removeprefix("torch."),
-        str(lm.device),
+        "vllm" if lm.device.type == "meta" else str(lm.device),
     ).set(1)
     for profile in host.profiles:
         metrics.add_profile(profile.name, profile.fingerprint, profile.method)

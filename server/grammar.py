@@ -54,7 +54,8 @@ class MissingExtraError(GrammarError):
 class Grammar:
     """Where one reply stands in its grammar: a `TokenConstraint`."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
+    def __init__(self, grammar: str, matcher: Any, vocabulary: int) -> None:
+        self.grammar = grammar
         self._matcher = matcher
         self._vocabulary = vocabulary
 
@@ -76,7 +77,7 @@ class Grammar:
             raise ConstraintError(_reason(self._matcher.get_error()))
 
     def copy(self) -> Grammar:
-        return Grammar(self._matcher.deep_copy(), self._vocabulary)
+        return Grammar(self.grammar, self._matcher.deep_copy(), self._vocabulary)
 
 
 class GrammarCompiler:
@@ -143,7 +144,7 @@ class GrammarCompiler:
             raise GrammarError(_reason(str(error))) from error
         if matcher.is_error():
             raise GrammarError(_reason(matcher.get_error()))
-        compiled = Grammar(matcher, self._tokenizer.vocab_size)
+        compiled = Grammar(grammar, matcher, self._tokenizer.vocab_size)
         try:
             compiled.copy().allowed()
         except ConstraintError as error:

@@ -6,16 +6,15 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-
-import torch
 
 from server.access import Access
 from server.audit import AuditLog
 from server.engine.base import Engine, MonitorRead
-from server.engine.local import LocalEngine
+from server.engine.local import DEFAULT_MAX_MODEL_LEN, LocalEngine
+from server.engine_choice import LOCAL_SEQS, VLLM_SEQS
 from server.experiments.guard import Guard
 from server.experiments.interfaces import (
     GuardMaker,
@@ -23,10 +22,19 @@ from server.experiments.interfaces import (
     Records,
     ReportMaker,
 )
+from server.experiments.judging import JudgeCard
 from server.experiments.registry import Registry
-from server.experiments.report import make_report
+from server.experiments.report_making import make_report
 from server.experiments.store import open_records
 from server.grammar import GrammarCompiler
+from server.loading import (
+    before_folded_edits,
+    load,
+    load_monitor,
+    model_name,
+    steer_sites,
+    warn_of_other_forms,
+)
 from server.profiles import ProfileStore, profile_files
 from server.settings import MAX_BODY_BYTES, MAX_MESSAGES, MAX_PROFILE_BYTES, Settings
 from server.token_text import TokenTexts
@@ -35,13 +43,10 @@ from server.tools import ToolSupport, find_tool_support
 from steering.demo import DEMO, DEMO_NAME
 from steering.fold import fold_into
 from steering.judge import Judge, Outcome, PhraseJudge, judge, make_judge
-from steering.judge_set import Card
-from steering.models import LanguageModel, load_model
-from steering.monitor import MONITOR_FILE, Monitor, PromptClass
-from steering.plan import sites_of
-from steering.profile import Profile
+from steering.models import LanguageModel
+from steering.monitor import Monitor, PromptClass
 from steering.selftest import self_test
-from steering.template import TemplateForm, check_kwargs, form_of, prompt_ending, with_form
+from steering.template import prompt_ending, with_form
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +135,9 @@ class Host:
         self.records.close()
 
     @cached_property
-    def judge_card(self) -> Card:
-        """How often the judge of records errs; a classifier takes a while to find out."""
-        return (self.classifier or PhraseJudge()).card()
+    def judge_card(self) -> JudgeCard:
+        """How often the judge of records errs."""
+        return JudgeCard(self.classifier or PhraseJudge())
 
     @cached_property
     def token_texts(self) -> TokenTexts:
@@ -177,10 +182,7 @@ def open_host(settings: Settings) -> Host:
             "records of experiments are kept in memory and end with the server; "
             "--experiments-journal DIR keeps them"
         )
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    lm = _load(settings)
-    _check_answers(lm)
+    lm = load(settings)
     paths = list(settings.profile)
     if settings.model is None and (DEMO / "profiles").is_dir():
         paths.insert(0, DEMO / "profiles")
@@ -192,27 +194,10 @@ def open_host(settings: Settings) -> Host:
         folded=settings.fold,
         allow_derived=settings.allow_derived_base,
     )
-    monitor = _load_monitor(settings, lm, paths)
-    _warn_of_other_forms(lm, store, monitor)
-    for profile in store:
-        self_test(lm, profile)
-        logger.info("profile %s passed its self-test", profile.name)
-    if settings.fold is not None:
-        folded = store.resolve(settings.fold)
-        fold_into(lm, folded, allow_derived=settings.allow_derived_base)
-        monitor = monitor and _before_folded_edits(monitor, folded)
-    engine = LocalEngine(
-        lm,
-        max_num_seqs=settings.max_num_seqs,
-        max_model_len=settings.max_model_len,
-        max_waiting=settings.max_waiting,
-        prefill_chunk=settings.prefill_chunk,
-        max_unsplit_prompt=settings.max_unsplit_prompt,
-        prefix_cache_mib=settings.prefix_cache_mib,
-        monitor=monitor,
-    )
-    if settings.fold is None:
-        engine.attach(sites_of(edit for profile in store for edit in profile.edits))
+    monitor = load_monitor(settings, lm, paths)
+    warn_of_other_forms(lm, store, monitor)
+    open_engine = _open_local if settings.engine == "local" else _open_vllm
+    engine, monitor = open_engine(settings, lm, store, monitor)
     return Host(
         engine,
         lm,
@@ -241,6 +226,60 @@ def open_host(settings: Settings) -> Host:
     )
 
 
+def _open_local(
+    settings: Settings, lm: LanguageModel, store: ProfileStore, monitor: Monitor | None
+) -> tuple[Engine, Monitor | None]:
+    """The engine, with every profile tested, and what the monitor may still read."""
+    if settings.fold is not None:
+        folded = store.resolve(settings.fold)
+        self_test(lm, folded)
+        fold_into(lm, folded, allow_derived=settings.allow_derived_base)
+        monitor = monitor and before_folded_edits(monitor, folded)
+    engine = LocalEngine(
+        lm,
+        max_num_seqs=settings.max_num_seqs or LOCAL_SEQS,
+        max_model_len=settings.max_model_len,
+        max_waiting=settings.max_waiting,
+        prefill_chunk=settings.prefill_chunk,
+        max_unsplit_prompt=settings.max_unsplit_prompt,
+        prefix_cache_mib=settings.prefix_cache_mib,
+        monitor=monitor,
+    )
+    if settings.fold is None:
+        for profile in store:
+            engine.register(profile)
+            logger.info("profile %s passed its self-test", profile.name)
+    return engine, monitor
+
+
+def _open_vllm(
+    settings: Settings, lm: LanguageModel, store: ProfileStore, monitor: Monitor | None
+) -> tuple[Engine, Monitor | None]:
+    """The engine, which tests the profiles when it starts."""
+    from server.engine.vllm.engine import VllmEngine
+    from server.engine.vllm.options import VllmOptions
+
+    options = VllmOptions(
+        model=model_name(settings),
+        revision=settings.revision,
+        dtype=str(lm.dtype).removeprefix("torch."),
+        tensor_parallel_size=settings.tensor_parallel_size,
+        pipeline_parallel_size=settings.pipeline_parallel_size,
+        data_parallel_size=settings.data_parallel_size,
+        max_site_rank=settings.max_site_rank,
+        sites=steer_sites(settings.steer_site, lm),
+        max_num_seqs=settings.max_num_seqs or VLLM_SEQS,
+        max_model_len=settings.max_model_len or min(lm.context_length, DEFAULT_MAX_MODEL_LEN),
+        max_waiting=settings.max_waiting,
+        max_unsplit_prompt=settings.max_unsplit_prompt,
+        prefix_caching=settings.prefix_cache_mib > 0,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        enforce_eager=settings.enforce_eager,
+        engine_args=settings.vllm_args,
+    )
+    return VllmEngine(lm, options, profiles=list(store), monitor=monitor), monitor
+
+
 def _load_classifier(settings: Settings) -> Judge | None:
     if settings.judge == "phrases":
         return None
@@ -259,93 +298,8 @@ def open_access(settings: Settings) -> Access:
     return Access(settings.keys, protect_metrics=settings.protect_metrics, audit=audit)
 
 
-def _check_answers(lm: LanguageModel) -> None:
-    """Raise ValueError for a model that could never answer a chat request."""
-    prompt = torch.tensor([lm.encode_prompt("Hello")], device=lm.device)
-    with torch.inference_mode():
-        logits = lm.model(prompt, use_cache=False, logits_to_keep=1).logits
-    if not torch.isfinite(logits).all():
-        raise ValueError(
-            f"{lm.name} gives values that are not finite for a plain prompt: its weights are "
-            "broken, or too large for the dtype (--dtype)"
-        )
-
-
 def _served_name(model: str | None) -> str:
     if model is None:
         return DEMO_NAME
     # A hub id is a name already; of a directory's path only the end is anybody's business.
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def _load(settings: Settings) -> LanguageModel:
-    device, dtype = settings.device, settings.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {error}") from None
-    name = settings.model
-    if name is None:
-        name = str(DEMO / "model")
-        dtype = "float32" if dtype == "auto" else dtype
-        if not (DEMO / "model" / "config.json").is_file():
-            raise ValueError(
-                "the demo model has not been built; run `pilothouse demo build`, or name a model "
-                "with --model"
-            )
-    logger.info("loading %s on %s", name, device)
-    lm = load_model(
-        name,
-        device=device,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-        revision=settings.revision,
-    )
-    check_kwargs(lm, settings.chat_template_kwargs)
-    return replace(
-        lm,
-        template_kwargs={**lm.template_kwargs, **settings.chat_template_kwargs},
-        template_date=None,  # clients want today's
-    )
-
-
-def _load_monitor(settings: Settings, lm: LanguageModel, paths: list[Path]) -> Monitor | None:
-    """The monitor asked for, else the one that lies beside the profiles, else none."""
-    beside = [p / MONITOR_FILE if p.is_dir() else p.parent / MONITOR_FILE for p in paths]
-    path = settings.monitor or next((file for file in beside if file.is_file()), None)
-    if path is None:
-        logger.warning("no monitor: replies carry no scores, and prompts have no class")
-        return None
-    monitor = Monitor.load(path)
-    monitor.check_base(lm, allow_derived=settings.allow_derived_base)
-    if monitor.base.weights != lm.fingerprint.weights:
-        # Its calibration is of other weights, and a wrong score is worse than none.
-        logger.warning("the monitor %s was fitted on other weights: scores are off", path)
-        return None
-    return monitor
-
-
-def _warn_of_other_forms(lm: LanguageModel, store: ProfileStore, monitor: Monitor | None) -> None:
-    """Say what was fitted on prompts of another form than a plain request's."""
-    plain = [{"role": "user", "content": ""}]
-    forms = {
-        f"profile {profile.name}": TemplateForm.from_json(profile.provenance)
-        for profile in store
-        if profile.edits
-    }
-    if monitor is not None:
-        forms["the monitor, which reads no probes of other prompts,"] = monitor.template
-    for what, form in forms.items():
-        if not form.admits(plain, lm.template_kwargs):
-            logger.warning(
-                "%s was fitted with %s; a plain request is rendered with %s",
-                what, form.to_json(), form_of(lm).to_json(),
-            )  # fmt: skip
-
-
-def _before_folded_edits(monitor: Monitor, folded: Profile) -> Monitor:
-    """The monitor with the one benign probe that reads what the folded edits leave alone, if any:
-    there is no unedited model to read any more."""
-    probe = monitor.benign_probe_for(folded.applied())
-    return replace(monitor, benign=() if probe is None else (probe,))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from server.auth import Key, KeyRing, KeysError, hash_secret, new_secret, parse_keys
+from server.whole_file import replace_file
 
 LOCK_SECONDS = 30
 
@@ -86,15 +85,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, keys: Iterable[Key]) -> None:
-    """Replace the file at once: readers see the old keys or the new ones. Only its owner reads."""
+    """Replace the file: readers see the old keys or the new ones."""
     text = json.dumps({"keys": [key.to_json() for key in keys]}, indent=2) + "\n"
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    replace_file(path, text)

@@ -213,8 +213,11 @@ class Metrics:
 
     def exposed(self, record: AnswerRecord) -> None:
         """A client got the answer of an experiment's arm."""
+        self.exposures.labels(record.experiment, record.arm).inc()
+
+    def exposure_judged(self, record: AnswerRecord) -> None:
+        """It was judged, by the judge that counts."""
         experiment, arm, outcome = record.experiment, record.arm, record.outcome
-        self.exposures.labels(experiment, arm).inc()
         if outcome in JUDGED:
             self.experiment_judged.labels(experiment, arm, record.prompt_class, outcome).inc()
 

@@ -23,6 +23,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from server.engine_choice import LOCAL_SEQS, VLLM_SEQS, check_engine, parse_arguments
 from server.experiments.definitions import Experiment
 from server.logs import LogFormat
 from server.tool_parsers import ToolParserSetting
@@ -87,13 +88,20 @@ class Settings(BaseSettings):
     allow_derived_base: bool = Field(
         False, description="accept profiles fitted on other weights of the same model"
     )
-    engine: Literal["local"] = Field("local", description="what computes")
+    engine: Literal["local", "vllm"] = Field(
+        "local", description="what computes; vllm needs the extra of that name"
+    )
     device: str = Field("auto", description="torch device; auto: a GPU if there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="of weights and activations; auto: as stored (demo model: float32)"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch")
-    max_num_seqs: int = Field(16, ge=1, description="requests computed at once")
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description=f"requests computed at once; default: {LOCAL_SEQS}, with vllm {VLLM_SEQS} per "
+        "replica",
+    )
     max_model_len: int | None = Field(
         None, ge=2, description="prompt plus reply in tokens; default: the model's, at most 4096"
     )
@@ -105,7 +113,31 @@ class Settings(BaseSettings):
     prefix_cache_mib: int = Field(
         256,
         ge=0,
-        description="MiB for what prompts that begin alike share; 0 switches it off",
+        description="MiB for what prompts that begin alike share; 0 switches it off (vllm: only "
+        "that, its size is the cache's)",
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="vllm: GPUs that share each layer")
+    pipeline_parallel_size: int = Field(
+        1, ge=1, description="vllm: groups of GPUs that hold some of the layers each"
+    )
+    data_parallel_size: int = Field(1, ge=1, description="vllm: replicas of the whole model")
+    max_site_rank: int = Field(
+        256,
+        ge=1,
+        description="vllm: rank at each edited site, over all profiles; a site's cost is linear in "
+        "it",
+    )
+    steer_site: Annotated[list[str], NoDecode] = Field(
+        [],
+        description="vllm: site, as 12.resid_post or *.attn_out for every layer, to keep room at "
+        "for profiles registered at run time; may be repeated (as a variable: separated by blanks)",
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="vllm: share of each GPU's memory to take"
+    )
+    enforce_eager: bool = Field(False, description="vllm: neither compile nor capture graphs")
+    vllm_args: Annotated[dict[str, Any], NoDecode] = Field(
+        {}, description="vllm: further arguments of its engine, as JSON"
     )
     max_body_bytes: int = Field(
         MAX_BODY_BYTES, ge=1024, description="longest request body; longer ones get a 413"
@@ -226,10 +258,15 @@ class Settings(BaseSettings):
         except ValueError as error:
             raise ValueError(f"experiments, --experiments is not JSON: {error}") from None
 
-    @field_validator("cors_origin", mode="before")
+    @field_validator("cors_origin", "steer_site", mode="before")
     @classmethod
-    def _split_origins(cls, value: Any) -> Any:
+    def _split_words(cls, value: Any) -> Any:
         return value.split() if type(value) is str else value
+
+    @field_validator("vllm_args", mode="before")
+    @classmethod
+    def _parse_arguments(cls, value: Any) -> Any:
+        return parse_arguments(value) if isinstance(value, str) else value
 
     @field_validator("cors_origin")
     @classmethod
@@ -244,6 +281,16 @@ class Settings(BaseSettings):
                 "a file of them with --keys (see `pilothouse keys create`), listen on 127.0.0.1, "
                 "or add --insecure if you mean it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_what_the_engine_knows(self) -> Settings:
+        changed = {
+            name
+            for name in self.model_fields_set
+            if getattr(self, name) != type(self).model_fields[name].default
+        }
+        check_engine(self.engine, changed, prefix_caching=self.prefix_cache_mib > 0)
         return self
 
     @model_validator(mode="after")

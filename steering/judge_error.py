@@ -70,7 +70,7 @@ def corrected_rate(
     if sensitivity + specificity <= LEAST_SUM:
         raise ValueError(
             f"sensitivity {sensitivity:.3f} and specificity {specificity:.3f} add up to "
-            f"{LEAST_SUM} or less: rates of such a judge cannot be corrected. Use another judge."
+            f"{LEAST_SUM} or less: rates of such a judge cannot be corrected; use another judge"
         )
     estimate = (p + specificity - 1) / (specificity + sensitivity - 1)
     seen, n_ = _drawn_in(p, n, z * z)

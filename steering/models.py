@@ -43,6 +43,7 @@ CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_l
 # Families whose sublayers add the residual stream to their own output: what they return is not
 # what they add, so `attn_out` and `mlp_out` would mean something else there.
 RESIDUAL_INSIDE = ("bloom", "mpt")
+LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 class UnsupportedModelError(ValueError):
@@ -227,7 +228,7 @@ def _sha256(text: str) -> str:
 def _weights_digest(model: nn.Module, path: str) -> str:
     """Digest of the safetensors files where the model came from files, else of the tensors."""
     digest = hashlib.sha256()
-    files = _weight_files(Path(path)) if Path(path).is_dir() else []
+    files = weight_files(Path(path)) if Path(path).is_dir() else []
     for file in files:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -238,7 +239,7 @@ def _weights_digest(model: nn.Module, path: str) -> str:
     return digest.hexdigest()
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The checkpoint's own files; others, such as profiles, may lie beside them."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
@@ -364,28 +365,43 @@ def load_model(
     where they print today's date, `FIXED_DATE`. Raises ValueError with what to do where nothing
     can be loaded, UnsupportedModelError where the architecture is not understood.
     """
-    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
-        raise ValueError(f"there is no directory {name}; give a model's directory or a hub id")
+    check_directory(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         # Any, because the stubs do not know what `output_loading_info` makes of the result.
         from_pretrained: Any = AutoModelForCausalLM.from_pretrained
         model, loaded = from_pretrained(
-            name, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+            name,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention_of(config),
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot load the model {name!r}: {_one_line(error)}. Give a local directory with "
-            "config.json, tokenizer files and *.safetensors, or a hub id."
-        ) from error
+    except LOADING_ERRORS as error:
+        raise not_loaded(name, error) from error
     if lacking := sorted([*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])]):
         raise ValueError(
             f"the weights of {name!r} lack {len(lacking)} tensors that the model needs, "
             f"{', '.join(lacking[:3])} among them; they would be random. Complete the checkpoint."
         )
     model = model.to(device).eval()
-    path = name if Path(name).is_dir() else _snapshot_directory(name, revision)
+    path = name if Path(name).is_dir() else snapshot_directory(name, revision)
+    return assemble(name, model, tokenizer, path, getattr(config, "_commit_hash", None))
+
+
+def attention_of(config: Any) -> str | None:
+    """The attention implementation to ask for; None for transformers' choice.
+
+    Before 5.20 it chooses one for Gemma-2 that leaves the soft-capping out.
+    """
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return None if softcap is None else "eager"
+
+
+def assemble(name: str, model: Any, tokenizer: Any, path: str, commit: str | None) -> LanguageModel:
+    """Find out about a model what serving and fitting need; `path` is where its files lie."""
     template = template_text(tokenizer)
     return LanguageModel(
         name=name,
@@ -393,17 +409,33 @@ def load_model(
         tokenizer=tokenizer,
         sites=find_sites(model),
         fingerprint=fingerprint_model(model, tokenizer, path),
-        revision=getattr(config, "_commit_hash", None) or "",
+        revision=commit or "",
         template_kwargs=default_kwargs(template),
         template_date=FIXED_DATE if prints_today(template) else None,
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
+def check_directory(name: str) -> None:
+    """Raise ValueError for what can only be a directory and is none."""
+    if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
+        raise ValueError(f"there is no directory {name}; give a model's directory or a hub id")
 
 
-def _snapshot_directory(name: str, revision: str | None) -> str:
+def not_loaded(name: str, error: Exception) -> ValueError:
+    """What to tell a user about one of `LOADING_ERRORS`."""
+    return ValueError(
+        f"cannot load the model {name!r}: {' '.join(str(error).split())[:500]}. Give a local "
+        "directory with config.json, tokenizer files and *.safetensors, or a hub id."
+    )
+
+
+def snapshot_directory(name: str, revision: str | None, *, download: bool = False) -> str:
+    """Where the files of a model from the hub lie on this machine."""
     from huggingface_hub import snapshot_download
 
-    return str(snapshot_download(name, revision=revision, local_files_only=True))
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"] if download else None
+    return str(
+        snapshot_download(
+            name, revision=revision, local_files_only=not download, allow_patterns=wanted
+        )
+    )

@@ -128,9 +128,7 @@ class Monitor:
 
         From the raw distribution of the first generated position, before temperature.
         """
-        ids = torch.tensor(self.refusal_token_ids, device=logits.device)
-        p = logits.float().softmax(-1)[..., ids].sum(-1)
-        return torch.log(p + _EPSILON) - torch.log(1 - p + _EPSILON)
+        return refusal_log_odds(logits, self.refusal_token_ids)
 
     def check_base(self, lm: LanguageModel, *, allow_derived: bool = False) -> None:
         """Raise MonitorError if the monitor does not belong to this model."""
@@ -198,6 +196,13 @@ class Monitor:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"missing {error}" if isinstance(error, KeyError) else str(error)
             raise MonitorError(f"{path} is not a sound monitor: {what}") from error
+
+
+def refusal_log_odds(logits: Tensor, refusal_token_ids: Sequence[int]) -> Tensor:
+    """Log-odds `[...]` of the probability mass on these tokens, `logits` `[..., V]`."""
+    ids = torch.tensor(list(refusal_token_ids), device=logits.device)
+    p = logits.float().softmax(-1)[..., ids].sum(-1)
+    return torch.log(p + _EPSILON) - torch.log(1 - p + _EPSILON)
 
 
 def _probe_header(probe: Probe) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def self_test(lm: LanguageModel, profile: Profile, run: Run = _here) -> None:
     edits = profile.applied()
     if not edits:
         return
-    ids = _prompt(lm)
+    ids = prompt_ids(lm)
     tokens = torch.tensor([ids], device=lm.device)
     steering = Steering(lm.sites)
     try:
@@ -66,7 +66,8 @@ def self_test(lm: LanguageModel, profile: Profile, run: Run = _here) -> None:
         raise ProfileError(f"profile {profile.name} fails its self-test: {error}") from error
 
 
-def _prompt(lm: LanguageModel) -> list[int]:
+def prompt_ids(lm: LanguageModel) -> list[int]:
+    """The test's prompt, as tokens."""
     if lm.tokenizer.chat_template:
         return lm.encode_prompt(_PROMPT)
     return list(lm.tokenizer(_PROMPT)["input_ids"])
@@ -107,7 +108,11 @@ def _check_edits(
             before, after = recorded[site]
             if not torch.equal(before[1], after[1]):
                 raise ValueError(f"the edit at {site} reached a row without edits {when}")
-            _compare(site, when, edits, before[0], after[0], start, len(ids))
+            positions = torch.arange(start, start + len(before[0]))
+            check_change(
+                site, when, edits, before[0], before[0], after[0], positions, len(ids),
+                before.dtype,
+            )  # fmt: skip
 
 
 def _active_sites(edits: Sequence[AppliedEdit], *, generating: bool) -> list[Site]:
@@ -115,22 +120,29 @@ def _active_sites(edits: Sequence[AppliedEdit], *, generating: bool) -> list[Sit
     return sorted({a.edit.site for a in edits if a.edit.phase != idle}, key=lambda s: s.order)
 
 
-def _compare(
+def check_change(
     site: Site,
     when: str,
     edits: Sequence[AppliedEdit],
+    x: Tensor,
     before: Tensor,
     after: Tensor,
-    start: int,
+    positions: Tensor,
     prompt_length: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Compare states `[T, D]` with the definition, computed here in float64.
+    """Raise ValueError unless `before` became `after` as the edits' definition has it.
 
-    The bound is per entry: rounding of the stored state, and of the plan's float32 arithmetic in
+    The bound is per entry: rounding of the stored values, and of the plan's float32 arithmetic in
     proportion to the sum of absolute terms, which is what cancellation leaves behind.
+
+    Args:
+        x: the states `[T, d]` that the edits read.
+        before, after: what they are added to, and the sum; the states themselves, or a part.
+        positions: `[T]`, of the states in their sequence.
+        dtype: in which the sum was stored.
     """
-    x = before.double().cpu()
-    positions = torch.arange(start, start + len(x))
+    x, before, after = (tensor.double().cpu() for tensor in (x, before, after))
     change, terms = torch.zeros_like(x), torch.zeros_like(x)
     for applied in edits:
         edit = applied.edit
@@ -147,9 +159,9 @@ def _compare(
         change += met * applied.strength * edit.change(x)
         linear = x.abs() @ edit.read.double().abs() @ edit.write.double().abs().mT
         terms += met * abs(applied.strength) * (linear + edit.shift.double().abs())
-    expected = x + change
-    rounding = 4 * torch.finfo(before.dtype).eps * (expected.abs() + x.abs())
-    error = (after.double().cpu() - expected).abs()
+    expected = before + change
+    rounding = 4 * torch.finfo(dtype).eps * (expected.abs() + before.abs())
+    error = (after - expected).abs()
     excess = error - rounding - 64 * torch.finfo(torch.float32).eps * terms - 1e-12
     if not bool((excess <= 0).all()):  # so written that NaN fails too
         raise ValueError(

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from steering.models import LanguageModel, find_sites, fingerprint_model
+from steering.models import LanguageModel, attention_of, find_sites, fingerprint_model
 
 # The same cases in every run, and no test that depends on how busy the machine is.
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True, database=None)
@@ -126,7 +126,9 @@ def make_model(family: str, seed: int = 0) -> LanguageModel:
     tokenizer = make_tokenizer()
     config = FAMILIES[family]()
     config.vocab_size = len(tokenizer)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention_of(config)
+    ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:  # gains that differ, so that a forgotten one shows

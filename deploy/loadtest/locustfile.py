@@ -8,15 +8,18 @@ profiles that the key sees; with `--experiment NAME` (repeatable), half of the u
 one. About half of the requests stream. Locust's figures are whole responses; `first token` is the
 time to the first piece of text of a stream.
 
-The key comes from `--api-key`, or the file `--api-key-file`, or neither.
+The key comes from `--api-key`, or the file `--api-key-file`, or neither. A server that is not ready
+yet is waited for.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import time
+import urllib.request
 from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,10 @@ _PROMPTS = {
     kind: [prompt.text for prompt in prompts("test", (kind,), per_kind=200)] for kind in WEIGHTS
 }
 _numbers = itertools.count()
+READY_SECONDS = 300.0
+"""How long a server is waited for."""
+
+logger = logging.getLogger(__name__)
 
 
 @events.init_command_line_parser.add_listener
@@ -49,6 +56,24 @@ def _read_key(environment: Environment, **_: Any) -> None:
     assert options is not None
     if options.api_key_file:
         options.api_key = Path(options.api_key_file).read_text("utf-8").strip()
+
+
+@events.test_start.add_listener
+def _wait_for_the_server(environment: Environment, **_: Any) -> None:
+    # A user who fails at the start asks nothing, and does not try again.
+    url, deadline = f"{environment.host}/ready", time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                logger.error("%s: %s", url, error)
+                environment.process_exit_code = 1
+                assert environment.runner is not None
+                environment.runner.quit()
+                return
+        time.sleep(0.5)
 
 
 class Client(HttpUser):

@@ -83,7 +83,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _analyse(arguments: argparse.Namespace) -> int:
     from server.experiments.interfaces import with_judgements
     from server.experiments.record_file import read_definition, read_records
-    from server.experiments.report import make_report
+    from server.experiments.report_making import make_report
     from steering.judge import make_judge
 
     records, events = read_records(arguments.file)

@@ -16,6 +16,8 @@ from server.settings import Settings, SettingsError, flag, load_settings
 
 SUMMARY = "host a model and its profiles behind an OpenAI-compatible API"
 
+_REPEATED = {"profile": "PATH", "cors_origin": "ORIGIN", "steer_site": "SITE"}
+
 logger = logging.getLogger(__name__)
 
 
@@ -28,8 +30,8 @@ def register(parser: argparse.ArgumentParser) -> None:
         options: dict[str, Any] = {"dest": name, "help": text, "default": argparse.SUPPRESS}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif name in ("profile", "cors_origin"):
-            options.update(action="append", metavar="PATH" if name == "profile" else "ORIGIN")
+        elif name in _REPEATED:
+            options.update(action="append", metavar=_REPEATED[name])
         elif choices := [c for c in get_args(field.annotation) if isinstance(c, str)]:
             options["choices"] = choices
         else:

@@ -1,19 +1,21 @@
 """The protocol between the server and an engine, and nothing else.
 
-A request is tokens, sampling parameters and edits; an engine answers with a stream of tokens. The
-server knows profiles, names and text; an engine knows none of them.
+A request is tokens, sampling parameters and edits; an engine answers with a stream of tokens. What
+a profile is called, who may use it and how text becomes tokens is the server's business; an engine
+sees profiles only to get ready for their edits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from steering.edit import AppliedEdit, Site
+from steering.edit import AppliedEdit
+from steering.profile import Profile
 
 FinishReason = Literal["stop", "length"]
 MonitorRead = Literal["always", "when-free", "off"]
@@ -47,6 +49,10 @@ class DeadlineExceededError(EngineError):
 
 class ConstraintError(EngineError):
     """A reply cannot go on as its constraint wants it."""
+
+
+class RankLimitError(EngineError):
+    """A profile has more rank at a site than the engine has room for there."""
 
 
 class SamplingError(ValueError):
@@ -99,8 +105,14 @@ class Sampling:
 class TokenConstraint(Protocol):
     """Says which tokens may come next in one reply, as a grammar does. V is the vocabulary.
 
-    What either method raises fails the request it belongs to, and no other.
+    What a method raises fails the request it belongs to, and no other. An engine asks it for the
+    tokens, or follows the grammar by its own means.
     """
+
+    @property
+    def grammar(self) -> str:
+        """The whole grammar: Lark, as llguidance reads it."""
+        ...
 
     def allowed(self) -> Tensor:
         """Bool `[V]` on the CPU: the tokens that may come next, at least one of them. Asked once
@@ -242,6 +254,19 @@ class Engine(Protocol):
         """Begin to serve. Returns when the engine is ready; raises if it cannot be."""
         ...
 
+    def register(self, profile: Profile) -> None:
+        """Test on the model that it does what the profile says, and get ready to apply it.
+
+        Requests under way go on. Waits: from an event loop, call it in a thread. Raises
+        ProfileError if it does not, RankLimitError if there is no room, EngineStoppedError; then
+        nothing has changed.
+        """
+        ...
+
+    def retain(self, profiles: Iterable[Profile]) -> None:
+        """Give up what no other profile needs, each when no request uses it any more. Waits."""
+        ...
+
     def check(self, request: EngineRequest) -> None:
         """Raise PromptTooLongError or ValueError (SamplingError where a parameter of sampling is
         to blame) if the request could never run."""
@@ -270,24 +295,4 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Stop; requests under way fail with EngineStoppedError. May be called twice."""
-        ...
-
-
-@runtime_checkable
-class InProcessEngine(Engine, Protocol):
-    """An engine whose model is in this process, so that profiles may come and go as it runs."""
-
-    def call(self, function: Callable[[], Any]) -> Any:
-        """The result of a function that may use the model, run between two steps.
-
-        Waits for it: from an event loop, call it in a thread. Raises EngineStoppedError.
-        """
-        ...
-
-    def attach(self, sites: Iterable[Site]) -> None:
-        """Get ready to edit and read at these sites. ValueError if the model lacks one."""
-        ...
-
-    def retain(self, sites: Iterable[Site]) -> None:
-        """Give up all other sites, each when no request uses it any more."""
         ...

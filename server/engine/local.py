@@ -23,23 +23,24 @@ from server.engine.base import (
     EngineStats,
     EngineStoppedError,
     EngineToken,
-    PromptTooLongError,
 )
 from server.engine.cache import SlotCache, available_memory, check_memory, layer_shapes
 from server.engine.hooks import Hooks
+from server.engine.limits import RequestLimits
 from server.engine.masks import MaskBuilder
 from server.engine.prefix import blocks_within
 from server.engine.queue import FairQueue
 from server.engine.rows import Waiting
 from server.engine.runner import Runner
-from server.engine.sampling import check_sampling
 from server.engine.scheduler import Scheduler
 from server.engine.selftest import check_batching
 from server.engine.stream import Courier, Outbox, TokenStream
-from steering.edit import Site, effective_edits
+from steering.edit import effective_edits
 from steering.models import LanguageModel
 from steering.monitor import Monitor
 from steering.plan import Steering, sites_of
+from steering.profile import Profile
+from steering.selftest import self_test
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,11 @@ class LocalEngine:
         self._steering = steering or Steering(lm.sites)
         self._owns_steering = steering is None
         self._hooks = Hooks(self._steering)
-        self._vocabulary = lm.model.get_input_embeddings().num_embeddings
+        self._limits = RequestLimits(
+            self._max_model_len,
+            self.max_unsplit_prompt,
+            lm.model.get_input_embeddings().num_embeddings,
+        )
 
         # Shared between threads, under this lock: the queue, the calls and the state.
         self._work = threading.Condition()
@@ -157,23 +162,8 @@ class LocalEngine:
         self._thread.start()
 
     def check(self, request: EngineRequest) -> None:
-        prompt, asked = len(request.prompt_ids), request.sampling.max_tokens
-        if prompt < 1:
-            raise ValueError("the prompt is empty")
-        check_sampling(request.sampling, self._vocabulary)
-        if prompt + asked > self._max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {prompt} tokens and {asked} more were asked for; this server "
-                f"takes {self._max_model_len} together (--max-model-len)"
-            )
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= self._vocabulary:
-            raise ValueError(f"token ids must be between 0 and {self._vocabulary - 1}")
+        self._limits.check(request)
         edits = [applied.edit for applied in effective_edits(request.edits)]
-        if any(edit.needs_whole_prompt for edit in edits) and prompt > self.max_unsplit_prompt:
-            raise PromptTooLongError(
-                f"this profile's gate reads the whole prompt at once, and {prompt} tokens are more "
-                f"than {self.max_unsplit_prompt} (--max-unsplit-prompt)"
-            )
         for edit in edits:
             if edit.dimension != self.lm.sites.hidden_size:
                 raise ValueError(
@@ -202,17 +192,18 @@ class LocalEngine:
             self._work.notify()
         return [TokenStream(arrival.outbox) for arrival in arrivals]
 
-    def attach(self, sites: Iterable[Site]) -> None:
-        """Hook more sites, between two steps. ValueError if the model lacks one."""
-        wanted = set(sites)
-        if self._thread is None:
-            self._hooks.pin(wanted)
-        else:
-            self.call(lambda: self._hooks.pin(wanted))
+    def register(self, profile: Profile) -> None:
+        """Test the profile and hook its sites, a forward pass at a time between two steps."""
+        run = self.call if self._thread is not None else _here
+        self_test(self.lm, profile, run)
+        wanted = sites_of(profile.edits)
+        run(lambda: self._hooks.pin(wanted))
 
-    def retain(self, sites: Iterable[Site]) -> None:
-        """Unhook all but these sites and the monitor's, each when no request uses it any more."""
-        wanted = set(sites) | (set() if self.monitor is None else self.monitor.sites)
+    def retain(self, profiles: Iterable[Profile]) -> None:
+        """Unhook all sites but these profiles' and the monitor's."""
+        wanted = sites_of(edit for profile in profiles for edit in profile.edits)
+        if self.monitor is not None:
+            wanted |= self.monitor.sites
         self.call(lambda: self._hooks.keep_only(wanted))
 
     def call(self, function: Callable[[], T]) -> T:
@@ -309,6 +300,10 @@ class LocalEngine:
             if waiting is None:
                 return
             scheduler.add(waiting)
+
+
+def _here(function: Callable[[], T]) -> T:
+    return function()
 
 
 def _longest_sequence(lm: LanguageModel) -> int:

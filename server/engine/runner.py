@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from server.engine.cache import SlotCache
 from server.engine.masks import MaskBuilder
@@ -23,6 +24,7 @@ class Runner:
         self.steering = steering
         self.cache = cache
         self.masks = MaskBuilder(lm.model)
+        self._head: nn.Module = lm.model.get_output_embeddings()
         self._plans: dict[bool, BatchPlan] = {}
 
     def run(
@@ -53,17 +55,18 @@ class Runner:
         device = self.lm.device
         position_ids = torch.tensor(positions, device=device)
         window = self.cache.select([row.slot for row in rows], starts, lengths)
-        last = torch.tensor([[n - 1] for n in lengths], device=device)
+        last = torch.tensor([n - 1 for n in lengths], device=device) if logits else None
         plan = self._plan(rows, decoding=decoding)
-        with self.steering.step(plan, starts, lengths, capture=capture, measure=measure) as step:
+        with (
+            self._columns(last),
+            self.steering.step(plan, starts, lengths, capture=capture, measure=measure) as step,
+        ):
             output = self.lm.model(
                 input_ids=torch.tensor(tokens, device=device),
                 attention_mask=self.masks(position_ids, window.end),
                 position_ids=position_ids,
                 past_key_values=self.cache,
                 use_cache=True,
-                # Only these columns meet the vocabulary matrix; its family's own last steps follow.
-                logits_to_keep=last if logits else last[:, :0],
             )
         if output.logits.shape[:2] != (len(rows), int(logits)):
             raise RuntimeError(
@@ -73,6 +76,26 @@ class Runner:
         for row, n in zip(rows, lengths, strict=True):
             row.position += n
         return output.logits[:, 0] if logits else output.logits.flatten(1), step
+
+    @contextmanager
+    def _columns(self, last: Tensor | None) -> Iterator[None]:
+        """Let only column `last[i]` of row i, or none, meet the vocabulary matrix.
+
+        Its family's own last steps follow. (`logits_to_keep` takes a column per row since
+        transformers 5.20, and vLLM wants an older one.)
+        """
+
+        def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden, *others = inputs
+            if last is None:
+                return hidden[:, :0], *others
+            return hidden[torch.arange(len(last), device=last.device), last][:, None], *others
+
+        handle = self._head.register_forward_pre_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def forget_plans(self, *, prefill: bool, decode: bool) -> None:
         """Let go of the last batches' edits, which would outlive their profiles."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Literal
@@ -13,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from server.access import Caller, caller_of
-from server.errors import ForbiddenError, InvalidRequestError, UnavailableError
-from server.experiments.choosing import visible
+from server.errors import ConflictError, ForbiddenError, InvalidRequestError, UnavailableError
+from server.experiments.choosing import as_seen
 from server.experiments.definitions import Experiment
 from server.experiments.interfaces import with_judgements
 from server.experiments.recording import Recorder
@@ -24,6 +25,12 @@ from server.openapi import errors
 from server.profiles import finite
 from server.responses import ArmCard, ExperimentCard, ExperimentEnded, ExperimentList
 from server.sse import ClientGoneError, unless_gone
+from steering.judge_set import Card
+
+logger = logging.getLogger(__name__)
+
+CARD_SECONDS = 15.0
+"""How long a report waits for the judge's figures, and then does without."""
 
 REPORT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
@@ -41,9 +48,9 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
     registry = host.experiments
 
     def seen(request: Request, name: str) -> Entry:
-        """An experiment all of whose profiles the caller may use; others do not exist."""
-        entry = registry.find(name)
-        if not visible(entry, caller_of(request).sees(host.profiles)):
+        """An experiment as the caller sees it; others do not exist."""
+        entry = as_seen(registry.find(name), caller_of(request), host.profiles)
+        if entry is None:
             raise unknown_experiment(name, "name")
         return entry
 
@@ -62,9 +69,8 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
     @app.get("/v1/experiments", responses=errors(), tags=["experiments"], summary="List them")
     async def list_experiments(request: Request) -> ExperimentList:
         caller = caller_of(request)
-        profiles = caller.sees(host.profiles)
-        shown = [entry for entry in registry if visible(entry, profiles)]
-        return ExperimentList(data=[_card(host, caller, entry) for entry in shown])
+        seen = (as_seen(entry, caller, host.profiles) for entry in registry)
+        return ExperimentList(data=[_card(host, caller, e) for e in seen if e is not None])
 
     @app.get(
         "/v1/experiments/{name}",
@@ -98,16 +104,19 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         async with recorder.changing:
             before = {entry.experiment.name for entry in registry}
             _check_arms(host, caller, body)
+            if body.name in before and not as_seen(registry.find(body.name), caller, host.profiles):
+                raise ConflictError(f"The name {body.name!r} is taken.", param="name")
             entry = registry.next_version(
                 body.model_copy(update={"creator": caller.id}), version_given=given
             )
             if entry is None:
-                return JSONResponse(_card(host, caller, registry.find(body.name)).model_dump())
+                return JSONResponse(_card(host, caller, seen(request, body.name)).model_dump())
             await change(entry)
             for gone in before - {each.experiment.name for each in registry}:
                 recorder.metrics.retire_experiment(gone)
             recorder.defined(entry)
-        return JSONResponse(_card(host, caller, entry).model_dump(), status_code=201)
+        card = _card(host, caller, seen(request, body.name))
+        return JSONResponse(card.model_dump(), status_code=201)
 
     @app.delete(
         "/v1/experiments/{name}",
@@ -136,7 +145,7 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         entry = registry.check_stop(name, body.arm)
         by = {"by": caller_of(request).id}
         recorder.stop(entry.experiment, body.arm, Stop(registry.clock(), "stopped", by))
-        return _card(host, caller_of(request), registry.find(name))
+        return _card(host, caller_of(request), seen(request, name))
 
     @app.get(
         "/v1/experiments/{name}/report",
@@ -161,8 +170,6 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
         version: Annotated[int | None, Query(description="Default: the latest.")] = None,
     ) -> Response:
         experiment = seen(request, name).version(version)
-        if not visible(Entry(experiment), caller_of(request).sees(host.profiles)):
-            raise unknown_experiment(name, "name")
         await request.body()  # so that what comes next is that the client has gone
         made = recorder.reading.run(_report(host, experiment, format))
         try:
@@ -176,7 +183,8 @@ def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Res
         records = host.records
         answers = with_judgements(records.answers(experiment.name, experiment.version))
         events = list(records.events(experiment.name, experiment.version))
-        report = host.make_report(experiment, answers, events, judge_card=host.judge_card)
+        card, notes = _judge_card(host)
+        report = host.make_report(experiment, answers, events, judge_card=card, notes=notes)
         if format == "html":
             page = Response(report.to_html(), media_type="text/html; charset=utf-8")
             page.headers["Content-Security-Policy"] = REPORT_POLICY
@@ -189,6 +197,18 @@ def _report(host: Host, experiment: Experiment, format: str) -> Callable[[], Res
         return JSONResponse(finite(dict(report.to_json())))
 
     return make
+
+
+def _judge_card(host: Host) -> tuple[Card | None, list[str]]:
+    """How often the judge errs; else none, and why."""
+    try:
+        return host.judge_card.wait(CARD_SECONDS), []
+    except TimeoutError:
+        why = "how often the judge errs is still being found out; ask again later"
+    except Exception:
+        logger.exception("the judge could not be measured")
+        why = "the judge failed when it was measured, as the server's log says"
+    return None, [f"Rates are not corrected for the judge's errors: {why}."]
 
 
 def _check_arms(host: Host, caller: Caller, experiment: Experiment) -> None:
@@ -222,7 +242,7 @@ def _card(host: Host, caller: Caller, entry: Entry) -> ExperimentCard:
         name=experiment.name,
         model=f"{host.profiles.served_name}@{experiment.name}",
         version=experiment.version,
-        versions=[each.version for each in (*entry.past, experiment)],
+        versions=[each.version for each in entry.versions],
         status=registry.status(entry),
         default=registry.default == experiment.name,
         source="settings" if entry.from_settings else "api",

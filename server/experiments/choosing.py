@@ -16,7 +16,7 @@ answer: else the arms would differ in whom they see.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.access import Access, Caller
 from server.composition import Composition, compose
@@ -65,9 +65,25 @@ def experiment_named(profiles: ProfileStore, model: str) -> str | None:
     return rest[1:] if rest != model and rest.startswith("@") else None
 
 
-def visible(entry: Entry, profiles: ProfileStore) -> bool:
+def visible(experiment: Experiment, profiles: ProfileStore) -> bool:
     """True if the caller, who sees these profiles, may use every arm."""
-    return all(arm.profile in profiles.names for arm in entry.experiment.arms)
+    return all(arm.profile in profiles.names for arm in experiment.arms)
+
+
+def as_seen(entry: Entry, caller: Caller, profiles: ProfileStore) -> Entry | None:
+    """What there is of an experiment for a caller, who learns nothing of a version with an arm
+    that they may not use; None where the latest one is such. The local user sees all, those whose
+    profiles have gone too.
+
+    Args:
+        profiles: all that are served.
+    """
+    if caller.local:
+        return entry
+    mine = caller.sees(profiles)
+    if not visible(entry.experiment, mine):
+        return None
+    return replace(entry, past=tuple(each for each in entry.past if visible(each, mine)))
 
 
 def enterable(entry: Entry, profiles: ProfileStore) -> bool:
@@ -113,8 +129,8 @@ def choose(
     for name in ("strength", "phase"):
         if steering is not None and getattr(steering, name) is not None:
             raise InvalidRequestError(
-                f"'steering.{name}' cannot be set where the experiment {experiment.name!r} chooses "
-                "the profile; name a profile too, or leave it out.",
+                f"'steering.{name}' cannot be set where an experiment chooses the profile; name a "
+                "profile too, or leave it out.",
                 param=f"steering.{name}",
             )
     unit = find_unit(experiment, visit.body, visit.headers, key=caller.id, request=visit.id)
@@ -123,7 +139,7 @@ def choose(
         return compose(profiles, model, None), None
     control = _composition(profiles, experiment.control)
     open_arms = [a for a in experiment.arms if a.name not in entry.stopped]
-    everywhere = visible(entry, profiles) and all(
+    everywhere = visible(experiment, profiles) and all(
         _red_team_allowed(registry, access, experiment, a) for a in experiment.arms
     )
     if arm not in open_arms or not everywhere:

@@ -27,7 +27,8 @@ class Corrector:
         profiles = {arm.name: arm.profile for arm in answers.experiment.arms}
         self._judges: dict[str, set[str]] = {arm: set() for arm in profiles}
         for record in answers.exposures:
-            if record.outcome is not None:
+            # A call of a tool is an answer, and read by no judge.
+            if record.outcome is not None and record.finish_reason != "tool_calls":
                 self._judges[record.arm].add(record.judge)
         self._given: dict[str, Card] = {}
         for arm, profile in profiles.items():

@@ -171,4 +171,5 @@ class ReportMaker(Protocol):
         /,
         *,
         judge_card: Card | None = None,
+        notes: Sequence[str] = (),
     ) -> Report: ...

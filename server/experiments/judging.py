@@ -13,10 +13,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
 from steering.judge import Judge, Outcome, ask
+from steering.judge_set import Card
 
 logger = logging.getLogger(__name__)
 
@@ -86,3 +88,36 @@ class LaterJudge:
                 job.done(None if outcome == "error" else outcome, each)
             except Exception:
                 logger.exception("a judgement was lost")
+
+
+class JudgeCard:
+    """How often a judge errs, found out when somebody first asks, on a thread of its own: a
+    classifier takes a while, and one that hangs keeps no reader of records."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._lock = threading.Lock()
+        self._card: Future[Card] | None = None
+
+    def wait(self, seconds: float) -> Card:
+        """Any thread may call this.
+
+        Raises TimeoutError where it takes longer, and what the judge raises; the next call then
+        asks it again.
+        """
+        with self._lock:
+            if self._card is None:
+                self._card = Future()
+                threading.Thread(
+                    target=self._measure, args=(self._card,), name="judge-card", daemon=True
+                ).start()
+            card = self._card
+        return card.result(seconds)
+
+    def _measure(self, card: Future[Card]) -> None:
+        try:
+            card.set_result(self._judge.card())
+        except Exception as error:
+            with self._lock:
+                self._card = None
+            card.set_exception(error)

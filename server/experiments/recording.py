@@ -215,7 +215,13 @@ class Recorder:
             if self._judge.submit(Job(reply.text, prompt_text(reply), done)):
                 return
             self.metrics.judgements_lost.inc()
+        else:
+            self._count(record)
         self._feed(record)
+
+    def _count(self, record: AnswerRecord | None) -> None:
+        if record is not None and record.kind == "exposure":
+            self.metrics.exposure_judged(record)
 
     def _judged_on_thread(
         self, reply: Reply, record: AnswerRecord | None, outcome: Outcome | None, seconds: float
@@ -236,6 +242,7 @@ class Recorder:
                 record = replace(record, outcome=outcome, judge=version)
                 update = replace(record, id=record.id + JUDGED_LATER, time=time.time())
                 self._append(update)
+            self._count(record)
         self._feed(record)
 
     # Guard-rails.

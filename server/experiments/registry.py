@@ -7,12 +7,9 @@ API made and whatever was stopped or ended survives a restart; without one it do
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +22,7 @@ from pydantic import ValidationError
 from server.errors import ConflictError, InvalidRequestError, NotFoundError
 from server.experiments.definitions import Experiment
 from server.profiles import ProfileStore
+from server.whole_file import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +81,14 @@ class Entry:
         total = math.fsum(left.values())
         return {name: weight / total for name, weight in left.items()}
 
+    @property
+    def versions(self) -> tuple[Experiment, ...]:
+        """Oldest first."""
+        return (*self.past, self.experiment)
+
     def version(self, number: int | None) -> Experiment:
         """The latest version, or the one of this number. Raises NotFoundError."""
-        versions = {each.version: each for each in (*self.past, self.experiment)}
+        versions = {each.version: each for each in self.versions}
         if number is None:
             return self.experiment
         if number in versions:
@@ -168,7 +171,7 @@ class Registry:
             )
         if self._file is not None:
             self.save()
-        self._claim()
+        self.claim()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(list(self._entries.values()))
@@ -232,7 +235,7 @@ class Registry:
     def put(self, entry: Entry) -> None:
         """Let this be the entry of its experiment."""
         self._entries[entry.experiment.name] = entry
-        self._claim()
+        self.claim()
 
     def stop(self, name: str, version: int, arm: str, stop: Stop) -> bool:
         """Send an arm's units back to control; False if they are there already."""
@@ -273,7 +276,8 @@ class Registry:
         if changed is not None:
             entries[changed.experiment.name] = changed
         data = {"format": 1, "experiments": [entry.to_json() for entry in entries.values()]}
-        _write(self._file, json.dumps(data, indent=1))
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(self._file, json.dumps(data, indent=1))
 
     def _check_defined(self, experiment: Experiment) -> None:
         for arm in experiment.arms:
@@ -323,11 +327,12 @@ class Registry:
             )
         del self._entries[over[0]]
 
-    def _claim(self) -> None:
-        """Keep the profiles in use from being removed."""
+    def claim(self) -> None:
+        """Keep the profiles in use from being removed, and no others. Where an experiment ends by
+        the clock, nobody says so: whoever is about to remove a profile does."""
         kept = self.profiles.kept
         used = {
-            arm.profile: f"the experiment {entry.experiment.name} uses it"
+            arm.profile: f"{self._called(entry.experiment)} uses it"
             for entry in self
             if self.status(entry) != "ended"
             for arm in entry.experiment.arms
@@ -336,6 +341,12 @@ class Registry:
             del kept[name]
         self._claimed = {n for n in used if n in self._claimed or n not in kept}
         kept.update({name: used[name] for name in self._claimed})
+
+    def _called(self, experiment: Experiment) -> str:
+        """Its name, unless that is a secret to some who are told."""
+        red = self.profiles.red_team_names
+        secret = any(arm.profile in red for arm in experiment.arms)
+        return "an experiment" if secret else f"the experiment {experiment.name}"
 
 
 def unknown_experiment(name: str, param: str) -> NotFoundError:
@@ -381,19 +392,3 @@ def _read(file: Path) -> dict[str, Entry]:
             f"--experiments-state {file} is not what this server wrote: {told}"
         ) from None
     return {entry.experiment.name: entry for entry in entries}
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace the file at once: whoever reads it sees the old one or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise

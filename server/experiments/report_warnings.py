@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from server.experiments.analysis import Answers
 from server.experiments.correction import Corrector
 from server.experiments.definitions import Experiment, Metric
-
-if TYPE_CHECKING:
-    from server.experiments.report import Comparison, Report
+from server.experiments.report import Comparison, Report
 
 WORSE: Mapping[Metric, str] = {
     "over_refusal": "refuses benign prompts",

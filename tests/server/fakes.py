@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from server.engine.base import (
     EngineStoppedError,
     EngineToken,
     PromptScores,
+    RankLimitError,
     TokenTrace,
 )
 from server.hosting import Host
@@ -47,7 +48,7 @@ class FakeEngine:
 
     Args:
         fail_after: raise `error` after this many tokens.
-        gate: awaited before each token, for tests that hold a request up.
+        room: profiles that it can take while it runs.
     """
 
     max_model_len = 200
@@ -59,8 +60,11 @@ class FakeEngine:
         error: EngineError | None = None,
         fail_after: int | None = None,
         delay: float = 0.0,
+        room: int = 8,
     ) -> None:
         self.reply = reply
+        self.room = room
+        self.registered: list[Profile] = []
         self.error = error
         self.fail_after = fail_after
         self.delay = delay
@@ -72,6 +76,15 @@ class FakeEngine:
     def start(self) -> None:
         self.running = True
         self.starts += 1
+
+    def register(self, profile: Profile) -> None:
+        if len(self.registered) >= self.room:
+            raise RankLimitError(f"{self.room} are registered already")
+        self.registered.append(profile)
+
+    def retain(self, profiles: Iterable[Profile]) -> None:
+        kept = [profile.fingerprint for profile in profiles]
+        self.registered = [p for p in self.registered if p.fingerprint in kept]
 
     def check(self, request: EngineRequest) -> None:
         pass

@@ -35,7 +35,7 @@ from steering.plan import Step
 from steering.profile import Profile
 from tests.conftest import make_model
 from tests.reference import greedy
-from tests.server.fakes import body, error_of, http_client, make_host, make_profile
+from tests.server.fakes import FakeEngine, body, error_of, http_client, make_host, make_profile
 from tests.server.live import live_server, wait_until
 from tests.server.test_hosting import make_monitor
 from tests.steering.edits import random_edit, random_gate
@@ -485,17 +485,30 @@ def test_size_and_number_are_limited_before_any_work(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_nothing_is_registered_where_weights_are_folded_or_the_engine_cannot(
-    tmp_path: Path,
-) -> None:
+def test_nothing_is_registered_where_weights_are_folded(tmp_path: Path) -> None:
     data = file_of(make(), tmp_path)
 
     async def run() -> None:
-        for host, says in ((real_host(folded="bold"), "--fold"), (make_host(), "engine")):
-            async with client_of(host) as client:
-                response = await client.upload(data)
-                assert response.status_code == 409 and says in error_of(response)["message"]
-                assert (await client.http.delete(f"{URL}/shy")).status_code in (404, 409)
+        async with client_of(real_host(folded="bold")) as client:
+            response = await client.upload(data)
+            assert response.status_code == 409 and "--fold" in error_of(response)["message"]
+            assert (await client.http.delete(f"{URL}/shy")).status_code == 409
+
+    asyncio.run(run())
+
+
+def test_an_engine_without_room_is_a_conflict_until_a_profile_is_removed(tmp_path: Path) -> None:
+    data = file_of(make(), tmp_path)
+
+    async def run() -> None:
+        async with client_of(make_host(FakeEngine(room=1))) as client:
+            assert (await client.upload(data, "?name=one")).status_code == 201
+            full = await client.upload(data, "?name=two")
+            assert (full.status_code, error_of(full)["code"]) == (409, "rank_limit")
+            assert "registered already" in error_of(full)["message"]
+            assert await client.names() == ["raw", "bold", "shy", "one"]
+            assert (await client.http.delete(f"{URL}/one")).status_code == 200
+            assert (await client.upload(data, "?name=two")).status_code == 201
 
     asyncio.run(run())
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from server.engine.local import LocalEngine
 from server.hosting import open_host
+from server.loading import steer_sites
 from server.settings import load_settings
 from steering.edit import Edit, Site
 from steering.models import LanguageModel
@@ -107,3 +108,12 @@ def test_a_model_that_can_never_answer_does_not_start(
     (silent / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template"):
         open_host(load_settings({"model": str(silent)}))
+
+
+def test_steer_sites_are_named_one_by_one_or_for_every_layer(tiny_llama: LanguageModel) -> None:
+    one, every = Site(1, "attn_out"), [Site(layer, "resid_post") for layer in range(4)]
+    assert steer_sites(["1.attn_out", "*.resid_post", "2.resid_post"], tiny_llama) == (one, *every)
+    for text, says in (("9.attn_out", "4 blocks"), ("*", "LAYER.POINT"), ("*.nose", "LAYER.POINT")):
+        with pytest.raises(ValueError, match=says) as error:
+            steer_sites([text], tiny_llama)
+        assert f"--steer-site {text}" in str(error.value)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from server.engine.base import EngineRequest, EngineToken, Sampling
+from server.engine.base import Engine, EngineRequest, EngineToken, Sampling
 from server.engine.local import LocalEngine
 from steering.edit import AppliedEdit
 from steering.models import LanguageModel
@@ -48,12 +48,12 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
     return torch.randint(0, 256, (length,), generator=generator).tolist()
 
 
-async def collect(engine: LocalEngine, request: EngineRequest) -> list[EngineToken]:
+async def collect(engine: Engine, request: EngineRequest) -> list[EngineToken]:
     return [token async for token in engine.generate(request)]
 
 
 def stream_all(
-    engine: LocalEngine, requests: Sequence[EngineRequest], *, gap: float | None = None
+    engine: Engine, requests: Sequence[EngineRequest], *, gap: float | None = None
 ) -> list[list[EngineToken]]:
     """Answers to all requests, submitted together or `gap` seconds apart."""
 

@@ -22,8 +22,9 @@ from server.engine.base import (
 )
 from server.engine.local import LocalEngine
 from server.engine.masks import MaskBuilder
-from steering.edit import AppliedEdit, Site
+from steering.edit import AppliedEdit
 from steering.models import LanguageModel
+from steering.profile import RAW, Profile, ProfileError
 from tests.conftest import make_model
 from tests.server.engine.running import ask, collect, ids, prompt_of, running, stream_all
 from tests.steering.edits import mixture, random_edit
@@ -246,10 +247,14 @@ def test_a_row_with_nan_fails_alone_and_leaves_no_nan_behind(tiny_llama: Languag
 
 def test_profiles_that_come_later_get_their_hooks(tiny_llama: LanguageModel) -> None:
     edits = mixture()["sublayers"]
+    profile = Profile(
+        "late", "llm_va", edits=tuple(a.edit for a in edits), base=tiny_llama.fingerprint
+    )
+    elsewhere = replace(profile, edits=(random_edit("99.resid_pre"),))
     with running(tiny_llama) as engine:
-        engine.attach([a.edit.site for a in edits])
-        with pytest.raises(ValueError, match="blocks"):
-            engine.attach([Site(99, "resid_pre")])
+        engine.register(profile)
+        with pytest.raises(ProfileError, match="blocks"):
+            engine.register(elsewhere)
         [edited], [raw] = (
             stream_all(engine, [ask(prompt_of(9), edits)]),
             stream_all(engine, [ask(prompt_of(9))]),
@@ -278,7 +283,7 @@ def test_closing_fails_what_is_under_way_and_may_be_done_twice(
     engine.close()
     assert not engine.healthy()
     with pytest.raises(EngineStoppedError):
-        engine.attach([])
+        engine.register(RAW)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -38,6 +38,8 @@ REPLY = (7, 5, 7, 7, 11)
 class Only:
     """Allows the tokens of a list in turn, and says what it was told."""
 
+    grammar = ""  # there is none
+
     def __init__(self, *turns: set[int], width: int = V, told: list[int] | None = None) -> None:
         self.turns = turns
         self.width = width

@@ -252,8 +252,9 @@ def test_a_profile_that_is_gone_stops_its_arm(tmp_path: Path) -> None:
     talk(restarted(tmp_path), ("POST", URL, definition()))
     host = make_host(profiles=[make_profile("shy")])
     host = hosting(host=host, folder=tmp_path)
-    [asked] = talk(host, ASK)
+    asked, shown = talk(host, ASK, ("GET", f"{URL}/trial"))
     assert told(asked) == ("raw", None)
+    assert (shown.status_code, shown.json()["status"]) == (200, "ended")
     [entry] = host.experiments
     assert entry.stopped["treated"].kind == "profile_missing"
     assert [(e.kind, e.arm) for e in events_of(host)] == [("profile_missing", "treated")]
@@ -274,7 +275,7 @@ def test_a_folder_that_cannot_be_written_changes_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(registry_module, "_write", full)
+    monkeypatch.setattr(registry_module, "replace_file", full)
     refused, shown = talk(host, ("POST", URL, definition()), ("GET", URL))
     assert refused.status_code == 503 and shown.json()["data"] == []
 
@@ -316,6 +317,7 @@ class Counted:
     records: Sequence[AnswerRecord]
     events: Sequence[EventRecord]
     judge_card: Card | None = None
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,14 +10,16 @@ import pytest
 
 from server.access import Access
 from server.auth import hash_secret
+from server.errors import ConflictError
 from server.hosting import Host
-from tests.server.experiments.trials import answers, experiment, hosting, unit_in
+from tests.server.experiments.trials import ARMS, answers, experiment, hosting, unit_in
 from tests.server.fakes import (
     FakeEngine,
     body,
     error_of,
     events,
     get,
+    http_client,
     make_host,
     make_profile,
     post,
@@ -182,7 +185,7 @@ def test_models_and_tokenize_know_experiments() -> None:
 RED = [{"name": "control", "profile": "raw"}, {"name": "treated", "profile": "unbound"}]
 
 
-def red_host(*experiments: Any, allow: bool = True) -> Host:
+def red_host(*experiments: Any, allow: bool = True, default: str | None = None) -> Host:
     profiles = [make_profile("bold"), make_profile("unbound", red_team=True)]
     host = make_host(profiles=profiles)
     keys: dict[str, dict[str, Any]] = {
@@ -197,7 +200,7 @@ def red_host(*experiments: Any, allow: bool = True) -> Host:
         {"id": id, "sha256": hash_secret(f"ph-{id}"), **fields} for id, fields in keys.items()
     ]
     host.access = Access(json.dumps(entries))
-    return hosting(*experiments, host=host, allow_red_team=allow)
+    return hosting(*experiments, host=host, allow_red_team=allow, default=default)
 
 
 def test_who_may_not_use_every_arm_is_answered_by_control_and_never_exposed() -> None:
@@ -221,6 +224,76 @@ def test_an_experiment_with_a_red_team_arm_does_not_exist_for_others() -> None:
     page = get("/metrics", host, Authorization="Bearer ph-scraper").text
     assert "unbound" not in page and 'arm="treated"' not in page
     assert 'exposures_total{arm="restricted",experiment="restricted"} 0.0' in page
+
+
+def as_keys(host: Host, *steps: tuple[Any, ...]) -> list[Any]:
+    """Responses to (key, method, path, body) in one life of the server."""
+
+    async def run() -> list[Any]:
+        async with http_client(host) as client:
+            return [
+                await client.request(
+                    method,
+                    path,
+                    json=rest[0] if rest else None,
+                    headers={"Authorization": f"Bearer ph-{key}"},
+                )
+                for key, method, path, *rest in steps
+            ]
+
+    return asyncio.run(run())
+
+
+def test_lists_of_models_hold_no_experiment_with_a_red_team_arm_for_others() -> None:
+    host, one = red_host(experiment(arms=RED)), "/v1/models/tiny@trial"
+    for key, there in (("user", False), ("red", True)):
+        listed, shown = as_keys(host, (key, "GET", "/v1/models"), (key, "GET", one))
+        assert ("tiny@trial" in {card["id"] for card in listed.json()["data"]}) is there
+        assert shown.status_code == (200 if there else 404)
+
+
+def test_who_does_not_see_an_experiment_cannot_replace_it_nor_learn_of_it_from_a_profile() -> None:
+    host = red_host()
+    arms = [*RED, {"name": "mild", "profile": "bold"}]
+    url, mine = "/v1/experiments", {"name": "trial", "arms": arms}
+    made, replaced = as_keys(
+        host,
+        ("red-admin", "POST", url, mine),
+        ("admin", "POST", url, {"name": "trial", "arms": ARMS}),
+    )
+    assert (made.status_code, replaced.status_code) == (201, 409)
+    assert error_of(replaced)["message"] == "The name 'trial' is taken."
+    assert host.experiments.find("trial").experiment.version == 1
+    with pytest.raises(ConflictError, match="removed: an experiment uses it"):
+        host.profiles.remove("bold")
+
+
+def test_others_learn_nothing_of_a_version_with_a_red_team_arm() -> None:
+    url = "/v1/experiments/trial"
+    first, second, all_, one, mine, hidden, none, page = as_keys(
+        red_host(),
+        *(
+            ("red-admin", "POST", "/v1/experiments", {"name": "trial", "arms": a})
+            for a in (RED, ARMS)
+        ),
+        ("red", "GET", url),
+        ("red", "GET", f"{url}/report?version=1"),
+        ("user", "GET", url),
+        ("user", "GET", f"{url}/report?version=1"),
+        ("user", "GET", f"{url}/report?version=9"),
+        ("scraper", "GET", "/metrics"),
+    )
+    assert (first.status_code, second.status_code, one.status_code) == (201, 201, 200)
+    assert (all_.json()["versions"], mine.json()["versions"]) == ([1, 2], [2])
+    assert hidden.status_code == none.status_code == 404
+    assert error_of(hidden)["message"] == error_of(none)["message"].replace("9", "1")
+    assert "trial" not in page.text  # the first one's series are there still
+
+
+def test_an_error_does_not_name_the_default_experiment() -> None:
+    host = red_host(experiment(arms=RED), default="trial")
+    refused = ask(host, "tiny", key="user", steering={"strength": 1.0})
+    assert refused.status_code == 400 and "trial" not in refused.text
 
 
 def test_settings_need_a_flag_for_red_team_arms() -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from datetime import UTC, datetime
 
 import httpx2
 
 from server.engine.local import LocalEngine
 from server.experiments.assignment import assign, hashed
 from server.hosting import Host
-from steering.plan import sites_of
 from tests.conftest import make_model
 from tests.server.experiments.trials import answers, experiment, hosting
-from tests.server.fakes import body, make_host, running_app
+from tests.server.fakes import body, http_client, make_host, running_app
 
 AA = [{"name": "control", "profile": "raw"}, {"name": "same", "profile": "raw"}]
 
@@ -24,7 +24,8 @@ def real_host(max_waiting: int = 64) -> Host:
         make_model("llama"), max_num_seqs=8, max_model_len=128, max_waiting=max_waiting
     )
     host = make_host(engine)
-    engine.attach(sites_of(edit for profile in host.profiles for edit in profile.edits))
+    for profile in host.profiles:
+        engine.register(profile)
     return host
 
 
@@ -87,3 +88,21 @@ def test_a_short_queue_drops_shadows_and_no_answer() -> None:
     served = [r for r in responses if r.status_code == 200]
     assert len([r for r in answers(host) if r.kind == "exposure"]) == len(served) >= 8
     assert json.dumps([r.to_json() for r in answers(host)])
+
+
+def test_an_end_that_has_passed_lets_profiles_go() -> None:
+    now = 1_000_000.0
+    end = datetime.fromtimestamp(now + 60, UTC).isoformat()
+    host = hosting(experiment(end=end), host=real_host(), clock=lambda: now)
+
+    async def run() -> list[int]:
+        nonlocal now
+        async with http_client(host) as client:
+            found = []
+            for _ in range(2):
+                removed = await client.delete("/v1/steering/profiles/bold")
+                found.append(removed.status_code)
+                now += 61
+            return found
+
+    assert asyncio.run(run()) == [409, 200]

@@ -17,14 +17,17 @@ from fastapi import FastAPI
 
 from server.audit import AuditLog
 from server.engine.base import EngineRequest, QueueFullError, StepFailedError
+from server.experiments import api
 from server.experiments.assignment import hashed
 from server.experiments.interfaces import JUDGED_LATER, MemoryRecords, with_judgements
+from server.experiments.judging import JudgeCard
+from server.experiments.reading import MOST_READERS
 from server.experiments.recording import Recorder
 from server.experiments.records import AnswerRecord, EventRecord
 from server.experiments.shadow import CLIENT
 from server.hosting import Host
 from server.settings import Settings
-from steering.judge import Outcome, version_of
+from steering.judge import Outcome, PhraseJudge, version_of
 from tests.server.experiments.trials import (
     ARMS,
     BrokenRecords,
@@ -426,12 +429,17 @@ def test_a_classifier_judges_after_the_answer_for_records_metrics_and_guards() -
             assert whole["steering"]["judge"] == version_of(host.judge)  # not the classifier's
             name, profile = "steering_responses_judged_total", {"profile": "bold"}
             labels = {**profile, "prompt_class": "unknown"}
+            arm = {"experiment": "trial", "arm": "treated", "prompt_class": "unknown"}
+            of_arm = "steering_experiment_responses_judged_total"
             assert sample(app, name, **labels, outcome="answer") == 0
+            assert sample(app, of_arm, **arm, outcome="answer") == 0
             classifier.free.set()
             await until(lambda: guard.fed)
             assert sample(app, name, **labels, outcome="answer") == 0
             assert sample(app, name, **labels, outcome="refusal") == 1
             assert sample(app, "steering_refusals_total", **labels) == 1
+            assert sample(app, of_arm, **arm, outcome="answer") == 0
+            assert sample(app, of_arm, **arm, outcome="refusal") == 1
             await client.post("/v1/chat/completions", json=body())  # no experiment
             await until(lambda: len(classifier.asked) == 2)
 
@@ -463,6 +471,50 @@ def test_a_classifier_without_a_verdict_leaves_the_light_judges(broken: bool) ->
     asyncio.run(run())
     [record] = answers(host)
     assert record.outcome == "answer" and [r.outcome for r in guard.fed] == ["answer"]
+
+
+class Card(Classifier):
+    """Is measured when it is let; the first time, it fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measured = 0
+
+    def card(self, on_done: Any = None) -> Any:
+        self.free.wait(10)
+        self.measured += 1
+        if self.measured == 1:
+            raise RuntimeError("out of memory")
+        return PhraseJudge().card()
+
+
+def test_a_judge_that_hangs_or_fails_leaves_reports_uncorrected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(api, "CARD_SECONDS", 0.05)
+    host, classifier = hosting(TRIAL), Card()
+    host.classifier = classifier
+    classifier.free.clear()
+
+    async def run() -> None:
+        async with serving(host) as (client, _, _app):
+
+            async def warned() -> list[str]:
+                response = await client.get("/v1/experiments/trial/report")
+                assert response.status_code == 200
+                return [w for w in response.json()["warnings"] if "not corrected" in w]
+
+            for _ in range(MOST_READERS + 1):  # none of them is kept
+                assert "ask again later" in (await warned())[0]
+            classifier.free.set()
+            await until(lambda: classifier.measured)
+            monkeypatch.setattr(api, "CARD_SECONDS", 10.0)
+            assert await warned() == []
+            assert classifier.measured == 2
+            host.judge_card = JudgeCard(Card())
+            assert "the judge failed" in (await warned())[0]
+
+    asyncio.run(run())
 
 
 def test_the_judge_setting_names_one() -> None:

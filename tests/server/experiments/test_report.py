@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from server.experiments.records import AnswerRecord, EventRecord
-from server.experiments.report import Report, make_report
+from server.experiments.report import Report
+from server.experiments.report_making import make_report
 from steering.judge import Outcome
 from steering.judge_set import Card, Rate
 from steering.monitor import PromptClass
@@ -274,6 +275,22 @@ def test_rates_are_corrected_and_differences_only_with_a_card_of_each_profile() 
     raw = each.comparisons[0].differences["refusal"].value
     assert raw is not None and difference.value == pytest.approx(raw / 0.85)
     assert difference.low < difference.value < difference.high
+
+
+def test_the_few_answers_that_a_slow_judge_has_not_read_count_as_not_judged() -> None:
+    records = traffic([0.2, 0.2], 400)
+
+    def report(unread: int, **changes: Any) -> Report:
+        light = [dataclasses.replace(r, judge="light", **changes) for r in records[:unread]]
+        return make_report(experiment(), [*light, *records[unread:]], judge_card=CARD)
+
+    few, many, calls = report(20), report(21), report(200, finish_reason="tool_calls")
+    assert sum(arm.unjudged for arm in few.arms) == 20
+    assert "refusal" in few.arms[0].corrected and not few.warnings
+    assert sum(arm.unjudged for arm in many.arms) == 0 and not many.arms[0].corrected
+    assert any("different judges" in warning for warning in many.warnings)
+    # A tool call is an answer, whoever judges the rest.
+    assert calls.arms[0].corrected and sum(arm.unjudged for arm in calls.arms) == 0
 
 
 def test_another_judges_figures_correct_nothing() -> None:

@@ -1,0 +1,274 @@
+"""vLLM itself, as the engine's event loop sees it: started with our workers, and asked to run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import uuid4
+
+import torch
+import vllm
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import RequestOutput
+from vllm.utils.network_utils import get_ip
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from server.engine.base import (
+    MAX_TOP_LOGPROBS,
+    EngineRequest,
+    EngineStoppedError,
+    Sampling,
+    StepFailedError,
+)
+from server.engine.vllm.columns import PlacedEdit
+from server.engine.vllm.layout import Layout, probes_of
+from server.engine.vllm.options import VllmOptions
+from server.engine.vllm.readings import Inbox, Readings
+from server.engine.vllm.sampling import sampling_params
+from server.engine.vllm.scores import Receiver
+from server.engine.vllm.steerer import SPLIT
+from server.engine.vllm.wire import AskedEdit, RowSteering, pack_edits, pack_tensors
+from steering.edit import AppliedEdit, edits_digest
+from steering.monitor import Monitor
+
+SUPPORTED = ((0, 32), (0, 33))
+"""vLLM from the first of these releases on, and before the second."""
+_ATTEMPTS = 16
+"""At reading a prompt in one step that other prompts have left no room in."""
+
+
+def check_version(version: str) -> None:
+    """Raise ValueError unless this release of vLLM is known to do what the workers count on."""
+    first, beyond = SUPPORTED
+    known = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not first <= known < beyond:
+        raise ValueError(
+            f"vLLM {version} is installed; its insides change from release to release, and this "
+            f"server knows those of {first[0]}.{first[1]} (before {beyond[0]}.{beyond[1]})"
+        )
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Edits of a request as the workers know them.
+
+    Args:
+        placed: in the order of the request's effective edits.
+    """
+
+    applied: tuple[AppliedEdit, ...] = ()
+    placed: tuple[PlacedEdit, ...] = ()
+
+    @property
+    def latches(self) -> bool:
+        return any(applied.edit.needs_whole_prompt for applied in self.applied)
+
+    def steering(self, key: str, **flags: bool) -> RowSteering:
+        pairs = zip(self.placed, self.applied, strict=True)
+        edits = tuple(AskedEdit(p.number, a.strength, a.edit.phase) for p, a in pairs)
+        return RowSteering(key, edits, **flags)
+
+    def cache_salt(self) -> str | None:
+        """What keeps apart keys and values of different edits.
+
+        vLLM also keeps those of replies, which are a prompt in the next turn: they are for nobody
+        else where an edit knows phases. Registered anew, an edit has another number, so that
+        nothing is found that was computed while its columns were another's.
+        """
+        if not self.applied:
+            return None
+        if self.latches or any(applied.edit.phase != "all" for applied in self.applied):
+            return uuid4().hex
+        numbers = ".".join(str(placed.number) for placed in self.placed)
+        return f"{edits_digest(self.applied)}.{numbers}"
+
+
+class Client:
+    """Used on one event loop. Call `start` first."""
+
+    def __init__(
+        self,
+        options: VllmOptions,
+        layout: Layout,
+        monitor: Monitor | None,
+        end_tokens: Collection[int],
+    ) -> None:
+        check_version(vllm.__version__)
+        self.options = options
+        self.layout = layout
+        self.monitor = monitor
+        self.end_tokens = end_tokens
+        self.workers = options.tensor_parallel_size * options.pipeline_parallel_size
+        """Of each replica."""
+        self._inbox = Inbox(options.pipeline_parallel_size)
+        self._receiver: Receiver | None = None
+        self._llm: AsyncLLM | None = None
+
+    async def start(self) -> None:
+        """Start vLLM. Raises ValueError for arguments that it refuses; what else it raises, it
+        raises."""
+        # Forked from a process with threads, workers may hang.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            args = AsyncEngineArgs(**self._engine_args())
+        except TypeError as error:
+            raise ValueError(f"vLLM does not take these arguments: {error}") from None
+        spread = args.distributed_executor_backend == "ray" or args.nnodes > 1
+        self._receiver = Receiver(self._inbox.take, get_ip() if spread else None)
+        self._llm = AsyncLLM.from_engine_args(args)
+        await self._call("steering_connect", self._receiver.address, self._receiver.word)
+        await self._call("steering_put_probes", pack_tensors(self._probe_directions()))
+
+    def _engine_args(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "model": options.model,
+            "revision": options.revision,
+            "dtype": options.dtype,
+            "tensor_parallel_size": options.tensor_parallel_size,
+            "pipeline_parallel_size": options.pipeline_parallel_size,
+            "data_parallel_size": options.data_parallel_size,
+            "max_num_seqs": options.max_num_seqs,
+            "max_model_len": options.max_model_len,
+            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "enable_prefix_caching": options.prefix_caching,
+            "gpu_memory_utilization": options.gpu_memory_utilization,
+            "enforce_eager": options.enforce_eager,
+            "generation_config": "vllm",
+            "max_logprobs": MAX_TOP_LOGPROBS,
+            "scheduling_policy": "priority",
+            "structured_outputs_config": {"backend": "guidance"},
+            "disable_log_stats": True,
+            "worker_cls": "server.engine.vllm.worker.SteeringWorker",
+            **options.engine_args,
+            "compilation_config": options.compilation_config,
+            "additional_config": {"steering": self.layout.to_json()},
+        }
+
+    def _probe_directions(self) -> dict[str, torch.Tensor]:
+        probes = probes_of(self.monitor).values()
+        return {
+            site: torch.stack([p.direction for p in probes if str(p.site) == site], dim=1)
+            for site in self.layout.probes
+        }
+
+    @property
+    def alive(self) -> bool:
+        return self._llm is not None and not self._llm.errored
+
+    async def put_edits(self, placed: Sequence[PlacedEdit], drop: Sequence[int]) -> None:
+        """Have every worker write these edits. Raises ValueError if one cannot."""
+        results = await self._call("steering_put_edits", pack_edits(placed), list(drop))
+        if problems := [problem for problem in results if problem]:
+            raise ValueError(problems[0])
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """What a method returns in each worker of each replica."""
+        assert self._llm is not None
+        core: Any = self._llm.engine_core
+        try:
+            replies = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        except EngineDeadError:
+            raise EngineStoppedError("vLLM has stopped") from None
+        return [result for workers in replies for result in workers]
+
+    @contextlib.asynccontextmanager
+    async def run(
+        self,
+        request: EngineRequest,
+        ask: Ask,
+        *,
+        replica: int | None = None,
+        endless: bool = False,
+        **flags: bool,
+    ) -> AsyncIterator[tuple[AsyncIterator[RequestOutput], Readings]]:
+        """A request's outputs, and what is read meanwhile; leaving the block cancels it.
+
+        A prompt that must be read in one step, and was split since others had filled that step, is
+        tried again, ahead of all that waits. Raises StepFailedError, EngineStoppedError.
+
+        Args:
+            replica: to run on; the one with the least to do by default.
+            endless: let no token end it.
+            flags: of `RowSteering`.
+        """
+        assert self._llm is not None
+        ends = () if endless else self.end_tokens
+        for attempt in range(_ATTEMPTS):
+            with self._inbox.opened() as readings:
+                steering = ask.steering(readings.key, **flags)
+                outputs = self._llm.generate(
+                    _prompt(request, ask),
+                    sampling_params(request, steering, ends),
+                    request_id=readings.key,
+                    priority=request.priority if attempt == 0 else -1,
+                    data_parallel_rank=replica,
+                )
+                try:
+                    first = await self._first(outputs, readings)
+                    if first is not None:
+                        yield _chained(first, outputs), readings
+                        return
+                except EngineDeadError:
+                    raise EngineStoppedError("vLLM has stopped") from None
+                finally:
+                    await outputs.aclose()
+        raise StepFailedError(
+            "this profile's gate reads the whole prompt in one step, and other prompts left no "
+            f"room for it in {_ATTEMPTS}; try again, or raise vLLM's max_num_batched_tokens"
+        )
+
+    async def _first(self, outputs: Any, readings: Readings) -> RequestOutput | None:
+        """The first output; None if the prompt was split. Raises StepFailedError."""
+        first = asyncio.ensure_future(anext(outputs))
+        try:
+            await asyncio.wait({first, readings.failed}, return_when=asyncio.FIRST_COMPLETED)
+            if readings.failed.done():
+                if (reason := readings.failed.result()) != SPLIT:
+                    raise StepFailedError(f"the edits could not be applied: {reason}")
+                return None
+            return await first
+        finally:
+            if not first.done():
+                first.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await first
+
+    async def read_prompt(self, request: EngineRequest) -> dict[str, float]:
+        """What an unedited pass over a request's prompt shows."""
+        sampling = Sampling(temperature=0.0, max_tokens=1)
+        request = replace(request, sampling=sampling, edits=(), constraint=None)
+        async with self.run(request, Ask(), report=True) as (outputs, readings):
+            async for _ in outputs:
+                pass
+            return await readings.of(0)
+
+    def close(self) -> None:
+        llm, self._llm = self._llm, None
+        try:
+            if llm is not None:
+                llm.shutdown()
+        finally:
+            if self._receiver is not None:
+                self._receiver.close()
+
+
+def _prompt(request: EngineRequest, ask: Ask) -> dict[str, Any]:
+    prompt: dict[str, Any] = {"prompt_token_ids": list(request.prompt_ids)}
+    if salt := ask.cache_salt():
+        prompt["cache_salt"] = salt
+    return prompt
+
+
+async def _chained(
+    first: RequestOutput, rest: AsyncIterator[RequestOutput]
+) -> AsyncIterator[RequestOutput]:
+    yield first
+    async for output in rest:
+        yield output

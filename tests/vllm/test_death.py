@@ -1,0 +1,64 @@
+"""vLLM's processes die: requests fail at once, and the server knows."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from server.engine.base import EngineStoppedError
+from steering.models import LanguageModel
+from tests.server.engine.running import ask, prompt_of
+from tests.vllm.serving import MIXTURE, profiles_of, save, serving
+
+
+def processes(name: str) -> list[int]:
+    """Descendants of this process that vLLM calls so."""
+    found = psutil.Process().children(recursive=True)
+    return [child.pid for child in found if name in "".join(child.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return save("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.mark.parametrize("victim", ["EngineCore", pytest.param("Worker", marks=pytest.mark.matrix)])
+def test_requests_fail_at_once_and_health_is_gone(lm: LanguageModel, victim: str) -> None:
+    bans = {token: -100.0 for token in lm.eos_token_ids}
+    request = ask(prompt_of(8), MIXTURE["sublayers"], max_tokens=240, logit_bias=bans)
+    with serving(lm, Path(lm.name), profiles_of(lm), enforce_eager=True, max_num_seqs=2) as engine:
+
+        async def killed() -> list[object]:
+            streams = engine.generate_all([request] * 4)
+            await anext(streams[0])
+            victims = processes(victim)
+            assert victims
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            begun = time.monotonic()
+
+            async def drain(stream: object) -> None:
+                async for _ in stream:  # type: ignore[attr-defined]
+                    pass
+
+            ends = await asyncio.gather(*map(drain, streams), return_exceptions=True)
+            assert time.monotonic() - begun < 10
+            return list(ends)
+
+        ends = asyncio.run(killed())
+        assert all(isinstance(end, EngineStoppedError) for end in ends), ends
+        assert not engine.healthy()
+
+        async def refused() -> None:
+            with pytest.raises(EngineStoppedError):
+                engine.generate(request)
+
+        asyncio.run(refused())
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 20  # closing a dead engine waits for nobody
