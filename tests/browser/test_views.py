@@ -235,6 +235,18 @@ def test_a_narrow_screen_or_large_letters_need_no_scrolling_sideways(
         assert wide <= width, f"{view} is {wide} wide"
 
 
+@pytest.mark.parametrize("width", [360, 720, 800])
+def test_the_head_is_tidy_at_any_width(
+    demo: Server, visit: Callable[..., Page], width: int
+) -> None:
+    page = visit(demo.address, "/#/live", viewport={"width": width, "height": 700})
+    brand = page.locator(".brand").bounding_box()
+    tools = page.locator("header .tools").bounding_box()
+    assert brand is not None and tools is not None
+    middle = brand["y"] + brand["height"] / 2
+    assert tools["y"] < middle < tools["y"] + tools["height"], "not in one row"
+
+
 def test_colours_follow_the_system_and_the_switch(demo: Server, visit: Callable[..., Page]) -> None:
     page = visit(demo.address, "/#/live", color_scheme="dark")
     background = "getComputedStyle(document.documentElement).backgroundColor"

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -309,6 +310,11 @@ def test_leaving_a_comparison_frees_the_slots_here_too() -> None:
 # A terminal.
 
 
+def _take_terminal() -> None:
+    ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore for what runs behind them
+
+
 class Terminal:
     """A process with a terminal of its own."""
 
@@ -319,7 +325,7 @@ class Terminal:
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment,
             start_new_session=True,
-            preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""
