@@ -65,7 +65,10 @@ class Column:
 
     @property
     def title(self) -> str:
-        strength = self.reply.steering.get("strength", self.strength)
+        answered = self.reply.steering
+        strength = answered.get("strength", self.strength)
+        if answered.get("fingerprint") == "":  # no edits, so nothing that could be strong
+            strength = None
         title = self.profile if strength is None else f"{self.profile} \u00d7 {strength:g}"
         return f"{title} (red-team)" if self.red_team else title
 

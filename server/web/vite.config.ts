@@ -35,6 +35,8 @@ export default defineConfig({
       "uplot",
     ]),
   ],
+  // The page may be served below a path, by a proxy in front.
+  base: "./",
   build: {
     target: "es2022",
     // Everything is a file of its own: the content security policy allows nothing inline.

@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from urllib.parse import urljoin
 
 import httpx2
 import pytest
 from playwright.sync_api import Page, expect
 
+from server.engine.base import PromptScores
 from tests.browser.conftest import await_replies, await_words, card, complaints, text_of
+from tests.server import fakes
 from tests.server.fakes import FakeEngine, make_host
 from tests.server.live import live_server, wait_until
 from tests.server.test_keys_live import Server
@@ -286,3 +289,64 @@ def test_what_is_copied_runs(demo: Server, visit: Callable[..., Page]) -> None:
     [turn] = json.loads(copied("JSON"))["turns"]
     assert [reply["content"] for reply in turn["replies"]] == list(replies.values())
     assert all(reply["trace"] for reply in turn["replies"])
+
+
+def test_the_page_works_below_a_path(visit: Callable[..., Page]) -> None:
+    with live_server(make_host(FakeEngine("Hello")), below="/pilot") as address:
+        page = visit(
+            address,
+            "/#/compare?arm=raw&arm=bold&turn=Hi",
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        assert await_replies(page, "raw", "bold") == {"raw": "Hello", "bold": "Hello"}
+        page.get_by_role("button", name="curl", exact=True).click()
+        expect(page.get_by_text("curl copied").first).to_be_visible()
+        assert f"{address}/v1/steering/compare" in page.evaluate("navigator.clipboard.readText()")
+        for link in page.locator("footer a").all():
+            target = link.get_attribute("href")
+            assert target is not None
+            assert page.request.get(urljoin(page.url, target)).ok
+
+
+def test_the_address_changes_seldom_enough_for_every_browser(
+    demo: Server, visit: Callable[..., Page]
+) -> None:
+    page = visit(demo.address, FENCE)
+    await_replies(page, "raw", "llm-va")
+    page.evaluate(
+        """() => {
+            const replace = history.replaceState.bind(history);
+            window.addresses = 0;
+            history.replaceState = (...given) => (window.addresses++, replace(...given));
+        }"""
+    )
+    slider = page.get_by_label("Strength of column 2")
+    seconds = slider.evaluate(
+        """async slider => {
+            const since = performance.now();
+            for (let i = 0; i < 150; i++) {
+                slider.value = String((i % 20) / 10);
+                slider.dispatchEvent(new Event("input", { bubbles: true }));
+                await new Promise(done => setTimeout(done, 5));
+            }
+            return (performance.now() - since) / 1000;
+        }"""
+    )
+    assert page.evaluate("window.addresses") <= 2 + 3 * seconds
+    page.wait_for_url("**arm=llm-va%7E0.9*")  # and the last one counts
+
+
+def test_a_model_without_monitor_says_that_nothing_is_read(
+    visit: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes, "SCORES", PromptScores())
+    with live_server(make_host(FakeEngine("Hello"))) as address:
+        page = visit(address, "/#/compare?arm=raw&arm=raw&turn=Hi")
+        expect(page.get_by_text("Replies are complete")).to_be_attached()
+        for scores in page.locator(".scores").all():
+            expect(scores.locator("dd")).to_have_text(["not read"] * 3)
+        expect(page.get_by_text("served without a monitor")).to_be_visible()
+        expect(page.locator(".legend")).to_have_text("not read here")
+        # Raw has no strength to speak of, in whichever column it is.
+        expect(page.get_by_text("No edits")).to_have_count(2)
+        expect(page.locator(".reply h3")).to_have_text(["raw", "raw"])

@@ -37,6 +37,8 @@ def test_a_wrong_key_is_said_and_a_right_one_opens(
         expect(page.get_by_role("heading", name="This server asks for a key")).to_be_visible()
         enter(page, "ph-wrong")
         expect(page.get_by_role("main")).to_contain_text("The key is not valid here")
+        enter(page, "ph-\u202ewro\u200bng")
+        expect(page.get_by_role("main")).to_contain_text("No key holds such characters")
         enter(page, user)
         # The link is opened as soon as it can be.
         assert await_replies(page, "raw", "llm-va")["raw"].startswith("Hello!")

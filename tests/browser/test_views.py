@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 
 import httpx2
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
-from tests.browser.conftest import await_replies
+from tests.browser.conftest import await_replies, complaints
 from tests.browser.traffic import say, serving_an_experiment
 from tests.server.test_keys_live import Server
 
@@ -61,6 +61,59 @@ def test_profile_cards_hold_what_people_ask(demo: Server, visit: Callable[..., P
     await_replies(page, "raw", "alphasteer")
 
 
+def test_profiles_are_those_of_now(demo: Server, visit: Callable[..., Page]) -> None:
+    """As after the server was started again with others, while the page was open."""
+
+    restarted = False
+
+    def earlier(route: Route) -> None:
+        found = route.fetch().json()
+        if restarted:
+            return route.fulfill(json=found)
+        found["data"] = [card for card in found["data"] if card["name"] in ("raw", "alphasteer")]
+        found["data"][1]["name"] = "gone"
+        route.fulfill(json=found)
+
+    page = visit(demo.address, "/#/experiments")
+    page.route("**/v1/steering/profiles", earlier)
+    page.reload()
+    page.get_by_role("link", name="Profiles").click()
+    expect(page.get_by_role("article")).to_have_count(2)
+    page.get_by_role("article", name="gone").get_by_role("link").click()
+    with complaints(page, "status of 404"):
+        expect(page.get_by_role("alert")).to_contain_text("There is no profile 'gone'")
+        restarted = True
+        page.get_by_role("button", name="Try again").click()
+        expect(page.get_by_label("Profile of column 2").locator("option")).to_have_text(
+            ["gone (not here)", "raw", "alphasteer", "llm-va", "optimal-transport"]
+        )
+    page.get_by_role("link", name="Profiles").click()
+    expect(page.get_by_role("article")).to_have_count(4)
+    page.unroute_all(behavior="wait")
+
+
+def test_a_model_of_few_or_many_blocks_is_drawn_legibly(
+    demo: Server, visit: Callable[..., Page]
+) -> None:
+    page = visit(demo.address, "/#/experiments")
+    blocks = 0
+
+    def as_deep(route: Route) -> None:
+        found = route.fetch().json()
+        found["data"] = [card | {"layers": blocks} for card in found["data"]]
+        route.fulfill(json=found)
+
+    page.route("**/v1/steering/profiles", as_deep)
+    for blocks in (2, 12, 80):
+        page.get_by_role("link", name="Profiles").click()
+        drawing = page.get_by_role("article", name="raw").locator(".layers svg")
+        expect(drawing.locator("text")).to_have_count(blocks)
+        shown = drawing.locator("text").first.bounding_box()
+        assert shown is not None and 8 < shown["height"] < 24, f"{blocks} blocks"
+        page.get_by_role("link", name="Experiments").click()
+    page.unroute_all(behavior="wait")
+
+
 def test_an_experiment_shows_its_course_and_its_verdict(
     busy: Server, visit: Callable[..., Page]
 ) -> None:
@@ -88,6 +141,37 @@ def test_an_experiment_shows_its_course_and_its_verdict(
     expect(rails).to_contain_text("Defined")
 
 
+@pytest.mark.parametrize(
+    ("status", "words", "start"),
+    [("scheduled", "It has not begun", "Starts"), ("running", "Nobody has taken part", "Started")],
+)
+def test_an_experiment_that_nobody_has_taken_part_in_claims_nothing(
+    busy: Server, visit: Callable[..., Page], status: str, words: str, start: str
+) -> None:
+    page = visit(busy.address, "/#/live")
+
+    def listed(route: Route) -> None:
+        found = route.fetch().json()
+        found["data"][0] |= {"status": status, "start": "2030-01-01T10:00:00Z"}
+        route.fulfill(json=found)
+
+    def reported(route: Route) -> None:
+        found = route.fetch().json()
+        for arm in found["arms"]:
+            arm["units"] = 0
+        route.fulfill(json=found)
+
+    page.route("**/v1/experiments", listed)
+    page.route("**/v1/experiments/trial/report", reported)
+    page.get_by_role("link", name="Experiments").click()
+    expect(page.get_by_role("status").get_by_text(words)).to_be_visible()
+    about = page.get_by_role("region", name="trial", exact=True)
+    expect(about).to_contain_text(re.compile(rf"{start}\s*2030-01-01 10:00 UTC"))
+    expect(page.get_by_text("Users are spread")).to_have_count(0)
+    expect(page.get_by_text("against control")).to_have_count(0)
+    page.unroute_all(behavior="wait")
+
+
 def test_without_experiments_the_view_says_how_to_begin_one(
     demo: Server, visit: Callable[..., Page]
 ) -> None:
@@ -103,7 +187,7 @@ def test_live_figures_are_those_of_the_metrics(busy: Server, visit: Callable[...
     say(busy, "Please tell me how to burn the barn.", model="demo:optimal-transport")
     expect(row.get_by_role("cell").first).to_have_text("1")
     expect(row).to_contain_text("0 % of 1")
-    page.get_by_role("radio", name="since this page was opened").check(force=True)
+    page.get_by_role("radio", name="this page was opened").check(force=True)
     expect(row.get_by_role("cell").first).to_have_text("1")
     raw = table.get_by_role("row", name=re.compile("^raw"))
     expect(raw.get_by_role("cell").first).to_have_text("0")
@@ -149,6 +233,18 @@ def test_a_narrow_screen_or_large_letters_need_no_scrolling_sideways(
         page.set_viewport_size({"width": width, "height": 640})
         wide = page.evaluate("document.documentElement.scrollWidth")
         assert wide <= width, f"{view} is {wide} wide"
+
+
+@pytest.mark.parametrize("width", [360, 720, 800])
+def test_the_head_is_tidy_at_any_width(
+    demo: Server, visit: Callable[..., Page], width: int
+) -> None:
+    page = visit(demo.address, "/#/live", viewport={"width": width, "height": 700})
+    brand = page.locator(".brand").bounding_box()
+    tools = page.locator("header .tools").bounding_box()
+    assert brand is not None and tools is not None
+    middle = brand["y"] + brand["height"] / 2
+    assert tools["y"] < middle < tools["y"] + tools["height"], "not in one row"
 
 
 def test_colours_follow_the_system_and_the_switch(demo: Server, visit: Callable[..., Page]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from server.app import create_app
 from server.commands.serve import listen, url
@@ -16,17 +17,29 @@ from server.settings import Settings
 
 
 @contextmanager
-def live_server(host: Host) -> Iterator[str]:
-    """The server's address, as long as it runs."""
+def live_server(host: Host, below: str = "") -> Iterator[str]:
+    """The server's address, as long as it runs.
+
+    Args:
+        below: a path that a proxy in front would take away, as `/pilot`.
+    """
+    app = create_app(host)
+
+    async def proxied(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            assert scope["path"].startswith(f"{below}/"), f"{scope['path']} is not below {below}"
+            scope["path"] = scope["path"].removeprefix(below)
+        await app(scope, receive, send)
+
     with listen(Settings(port=0)) as listener:
         server = uvicorn.Server(
-            uvicorn.Config(create_app(host), log_config=None, timeout_graceful_shutdown=5)
+            uvicorn.Config(proxied, log_config=None, timeout_graceful_shutdown=5)
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield url(listener)
+            yield url(listener) + below
         finally:
             server.should_exit = True
             thread.join()

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -105,9 +106,17 @@ def test_strengths_are_set_by_name_or_number() -> None:
     with pytest.raises(ValueError, match="no column shy; there are raw, bold"):
         talk.set_strength("shy", 1.0)
     assert parse_profiles("raw, bold=0.5,") == [("raw", None), ("bold", 0.5)]
-    for wrong in ("", "bold=x"):
+    for wrong in ("", "bold=x", "bold=nan", "bold=inf"):
         with pytest.raises(ValueError):
             parse_profiles(wrong)
+
+
+def test_what_has_no_edits_has_no_strength_to_tell_of() -> None:
+    raw, bold = Column("raw"), Column("bold")
+    for column, fingerprint in ((raw, ""), (bold, "abc")):
+        told = {"profile": column.profile, "fingerprint": fingerprint, "strength": 3.0}
+        column.reply.take({"delta": {}, "finish_reason": None, "steering": told})
+    assert [raw.title, bold.title] == ["raw", "bold \u00d7 3"]
 
 
 def test_a_reply_is_cut_where_its_tokens_begin() -> None:
@@ -172,7 +181,7 @@ def test_one_question_is_answered_by_every_profile_and_told_plainly(
     asked = ("--model", model_path, "--profile", profiles, "--prompt", "Hi", "--max-tokens", 8)
     assert chat(*asked) == 0
     out = capsys.readouterr().out
-    assert re.match(r"== raw \u00d7 1\n.+\n   \w+, cut off\n== bold \u00d7 3\n", out, re.DOTALL)
+    assert re.match(r"== raw\n.+\n   \w+, cut off\n== bold \u00d7 3\n", out, re.DOTALL)
     assert chat(*asked, "--profiles", "bold=0,raw", "--json") == 0
     turn = json.loads(capsys.readouterr().out)
     off, raw = turn["choices"]
@@ -301,6 +310,11 @@ def test_leaving_a_comparison_frees_the_slots_here_too() -> None:
 # A terminal.
 
 
+def _take_terminal() -> None:
+    ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore for what runs behind them
+
+
 class Terminal:
     """A process with a terminal of its own."""
 
@@ -311,7 +325,7 @@ class Terminal:
         self.process = subprocess.Popen(
             command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, env=environment,
             start_new_session=True,
-            preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_take_terminal,
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""
@@ -344,7 +358,7 @@ class Terminal:
 
 
 def test_in_a_terminal_columns_grow_side_by_side_and_can_be_stopped() -> None:
-    engine = FakeEngine("Of course. " * 12, delay=0.02)
+    engine = FakeEngine("Of course. " * 200, delay=0.02)  # surely not over before Ctrl-C
     with live_server(make_host(engine)) as address:
         terminal = Terminal(
             sys.executable, "-m", "server.cli", "chat", "--url", address, "--profiles", "raw,bold"
@@ -357,7 +371,7 @@ def test_in_a_terminal_columns_grow_side_by_side_and_can_be_stopped() -> None:
             terminal.wait_for("stopped")
             wait_until(lambda: len(engine.cancelled) == 2)
             # Both columns have the row of their titles, and tokens are tinted.
-            assert re.search(r"raw \u00d7 1\b.*bold \u00d7 0\.5", terminal.shown)
+            assert re.search(r"raw\b.*bold \u00d7 0\.5", terminal.shown)
             assert "48;5;" in terminal.shown or "48;2;" in terminal.shown
             terminal.type("\x03/tint none\n/quit\n")  # at the prompt, Ctrl-C leaves nothing
         finally:

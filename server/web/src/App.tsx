@@ -1,5 +1,5 @@
 import { useEffect } from "preact/hooks";
-import { keyWanted } from "./api";
+import { addressOf, keyWanted } from "./api";
 import { link } from "./comparison";
 import { KeyForm } from "./parts/KeyForm";
 import { Notice } from "./parts/Notice";
@@ -72,8 +72,8 @@ export function App() {
       </main>
       <footer class="foot">
         <span>Pilothouse {version.value}</span>
-        <a href="/docs">API reference</a>
-        <a href="/licences.txt">Licences</a>
+        <a href={addressOf("/openapi.json")}>API description</a>
+        <a href={addressOf("/licences.txt")}>Licences</a>
       </footer>
     </>
   );

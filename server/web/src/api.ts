@@ -21,8 +21,8 @@ function read(): string {
 }
 
 export function setKey(key: string): void {
-  apiKey.value = key.trim();
   keyWanted.value = false;
+  apiKey.value = key.trim(); // what is served is asked for anew at once
   try {
     if (apiKey.value) sessionStorage.setItem(KEY, apiKey.value);
     else sessionStorage.removeItem(KEY);
@@ -46,13 +46,25 @@ const UNREACHABLE = "The server cannot be reached. Is it still running?";
 const BROKEN_OFF =
   "The connection ended before the replies were complete. The server may have stopped; try again.";
 
+/** Where a path of the server is, seen from this page: a proxy may serve it below a path. */
+export const addressOf = (path: string): string => new URL(`.${path}`, document.baseURI).href;
+
 /** A response whose status is good. Raises ApiError, or AbortError. */
 async function send(path: string, init: RequestInit = {}): Promise<Response> {
   const headers = new Headers(init.headers);
+  if (/[^\x21-\x7e]/.test(apiKey.value)) {
+    keyWanted.value = true; // a browser would not even send it
+    throw new ApiError("No key holds such characters; copy it again.", 401);
+  }
   if (apiKey.value) headers.set("Authorization", `Bearer ${apiKey.value}`);
   let response: Response;
   try {
-    response = await fetch(path, { ...init, headers, credentials: "omit", cache: "no-store" });
+    response = await fetch(addressOf(path), {
+      ...init,
+      headers,
+      credentials: "omit",
+      cache: "no-store",
+    });
   } catch (error) {
     if (isAbort(error)) throw error;
     throw new ApiError(UNREACHABLE, 0);

@@ -5,7 +5,7 @@
  */
 
 import { batch, computed, effect, signal } from "@preact/signals";
-import { compare, inWords, isAbort } from "./api";
+import { ApiError, compare, inWords, isAbort } from "./api";
 import { DEMO, GENERAL } from "./logic/examples";
 import { roundUp } from "./logic/format";
 import {
@@ -20,7 +20,7 @@ import {
   type TurnState,
 } from "./logic/link";
 import { add, cut, waiting, type Reply } from "./logic/reply";
-import { profilesByName, readdress, route, served } from "./session";
+import { profilesByName, readdress, reload, route, served } from "./session";
 import type { CompareChoice, CompareRequest, Message } from "./types";
 
 export interface Arm extends ArmState {
@@ -71,6 +71,18 @@ export const mostEdit = computed(() => {
   return roundUp(most);
 });
 
+/** True where replies are there and nothing was read of them: the model has no monitor. */
+export const unread = computed(() => {
+  const prompts = [...replies.value.values()].flatMap(({ prompt }) => prompt ?? []);
+  return (
+    prompts.length > 0 &&
+    prompts.every(
+      ({ refusal_score, answer_probability, benign_probability }) =>
+        (refusal_score ?? answer_probability ?? benign_probability) === null,
+    )
+  );
+});
+
 export const link = computed(() =>
   toLink({
     arms: arms.value.map(({ profile, strength }) => ({ profile, strength })),
@@ -117,6 +129,8 @@ export async function run(from = 0, only?: readonly number[]): Promise<void> {
   } catch (error) {
     const stopped = isAbort(error);
     if (!stopped) problem.value = inWords(error);
+    // The server may have been started again with other profiles.
+    if (error instanceof ApiError && error.code === "model_not_found") void reload();
     endAll(mine, stopped ? "stopped" : "failed");
   } finally {
     runs.value = runs.value.filter((each) => each !== mine);

@@ -35,10 +35,24 @@ function decoded(text: string): string {
 export const route = signal(parse(location.hash));
 addEventListener("hashchange", () => (route.value = parse(location.hash)));
 
-/** Say in the address what is shown, without a step in the history. */
+/** Milliseconds. Some browsers refuse more than a hundred new addresses in half a minute. */
+const BETWEEN_ADDRESSES = 350;
+let addressed = -Infinity;
+let timer = 0;
+
+/** Say in the address what is shown, without a step in the history; at once or soon after. */
 export function readdress(hash: string): void {
-  history.replaceState(null, "", hash);
-  route.value = parse(hash);
+  const here = route.peek();
+  const write = () => {
+    if (route.peek() !== here) return; // the user has gone elsewhere
+    addressed = performance.now();
+    history.replaceState(null, "", hash);
+    route.value = parse(hash);
+  };
+  clearTimeout(timer);
+  const wait = addressed + BETWEEN_ADDRESSES - performance.now();
+  if (wait > 0) timer = setTimeout(write, wait);
+  else write();
 }
 
 export interface Served {
@@ -78,7 +92,11 @@ async function load(): Promise<void> {
   }
 }
 
+const view = computed(() => route.value.view);
+
+// Profiles come and go while the page is open: each view begins with those of now.
 effect(() => {
+  void view.value;
   void load();
 });
 

@@ -1,5 +1,12 @@
 import { expect, test } from "vitest";
-import { DEFAULTS, fromLink, MOST_ARMS, toLink, type Comparison } from "../src/logic/link";
+import {
+  DEFAULTS,
+  fromLink,
+  MOST_ARMS,
+  MOST_TURNS,
+  toLink,
+  type Comparison,
+} from "../src/logic/link";
 
 const query = (link: string) => link.split("?").slice(1).join("?");
 
@@ -40,6 +47,56 @@ test("nonsense in a link is as if it were not there", () => {
   expect(found.arms.map((arm) => arm.strength)).toEqual([null, null, null]);
 });
 
-test("a link cannot ask for more columns than the page has", () => {
+test("a link cannot ask for more columns than the page has, or for replies without end", () => {
   expect(fromLink("arm=a&".repeat(20)).arms).toHaveLength(MOST_ARMS);
+  expect(fromLink("turn=Hi&".repeat(2000)).turns).toHaveLength(MOST_TURNS);
+});
+
+test("turns without words are left out, with their seeds", () => {
+  const { turns } = fromLink("turn=One&turn=+&turn=Three&turn-seed=1&turn-seed=2&turn-seed=3");
+  expect(turns).toEqual([
+    { text: "One", seed: 1 },
+    { text: "Three", seed: 3 },
+  ]);
+});
+
+test("strengths that the API refuses are as if they were not there", () => {
+  const strengths = (link: string) => fromLink(link).arms.map((arm) => arm.strength);
+  expect(strengths("arm=a~1e308&arm=a~-20000&arm=a~Infinity&arm=a~-1.5")).toEqual([
+    null,
+    null,
+    null,
+    -1.5,
+  ]);
+});
+
+test("any link is read, and says the same again when it is written anew", () => {
+  const names = ["arm", "turn", "turn-seed", "seed", "temperature", "max-tokens", "tint", "x"];
+  const values = [
+    "~",
+    "a~~1",
+    "%",
+    "%ff",
+    "%00",
+    "-0",
+    "1e309",
+    "0x10",
+    " 7 ",
+    "<b>",
+    "\ud800",
+    "=&",
+  ];
+  let state = 1;
+  const draw = (n: number) => {
+    state = (state * 48271) % 2147483647;
+    return state % n;
+  };
+  for (let i = 0; i < 2000; i++) {
+    const link = Array.from(
+      { length: draw(9) },
+      () => `${names[draw(names.length)]}=${values[draw(values.length)]}`,
+    ).join("&");
+    const once = fromLink(link);
+    expect(fromLink(query(toLink(once)))).toEqual(once);
+  }
 });

@@ -2,6 +2,10 @@
 
 export const MOST_ARMS = 4;
 export const LEAST_ARMS = 2;
+/** Of a link: whoever follows one asks for all its replies, with a key of theirs. */
+export const MOST_TURNS = 50;
+/** As the API has it. */
+const MOST_STRENGTH = 10_000;
 export const TINTS = ["answer", "benign", "edit", "none"] as const;
 export type Tint = (typeof TINTS)[number];
 
@@ -68,7 +72,7 @@ export function toLink(comparison: Comparison): string {
 export function fromLink(search: string): Comparison {
   const query = new URLSearchParams(search);
   const number = <T>(name: string, low: number, high: number, fallback: T, whole = false) => {
-    const value = Number(query.get(name) ?? NaN);
+    const value = toNumber(query.get(name));
     return value >= low && value <= high && (!whole || Number.isInteger(value)) ? value : fallback;
   };
   const settings: Settings = {
@@ -78,24 +82,31 @@ export function fromLink(search: string): Comparison {
     system: query.get("system") ?? "",
     trace: query.get("trace") !== "0",
   };
-  const seeds = query.getAll("turn-seed").map(Number);
+  const seeds = query.getAll("turn-seed").map(toNumber);
   const tint = query.get("tint");
   return {
     arms: query.getAll("arm").slice(0, MOST_ARMS).map(toArm),
-    turns: query.getAll("turn").map((text, i) => ({
-      text,
-      seed: Number.isSafeInteger(seeds[i]) && seeds[i]! >= 0 ? seeds[i]! : settings.seed,
-    })),
+    turns: query
+      .getAll("turn")
+      .slice(0, MOST_TURNS)
+      .map((text, i) => ({
+        text,
+        seed: Number.isSafeInteger(seeds[i]) && seeds[i]! >= 0 ? seeds[i]! : settings.seed,
+      }))
+      .filter(({ text }) => text.trim()),
     settings,
     tint: TINTS.find((known) => known === tint) ?? "answer",
     marks: query.get("marks") !== "0",
   };
 }
 
+/** NaN of nothing; 0 of -0, which no text tells from it. */
+const toNumber = (text: string | null) => Number(text?.trim() || NaN) + 0;
+
 function toArm(text: string): ArmState {
   const at = text.lastIndexOf("~");
-  const strength = at < 0 ? NaN : Number(text.slice(at + 1) || NaN);
-  return Number.isFinite(strength)
+  const strength = at < 0 ? NaN : toNumber(text.slice(at + 1));
+  return Math.abs(strength) <= MOST_STRENGTH
     ? { profile: text.slice(0, at), strength }
     : { profile: text, strength: null };
 }

@@ -1,4 +1,4 @@
-import { arms, changeArm, rawArm, removeArm, type Arm } from "../comparison";
+import { arms, changeArm, removeArm, type Arm } from "../comparison";
 import { strengthText } from "../logic/format";
 import { LEAST_ARMS } from "../logic/link";
 import { profilesByName } from "../session";
@@ -58,11 +58,7 @@ function ArmControl({ arm, position }: { arm: Arm; position: number }) {
         <Strength arm={arm} own={card.strength} position={position} />
       ) : (
         <p class="quiet strength">
-          {card?.folded
-            ? "Folded into the weights"
-            : rawArm.value?.id === arm.id
-              ? "No edits"
-              : "\u00a0"}
+          {card?.folded ? "Folded into the weights" : card?.identity ? "No edits" : "\u00a0"}
         </p>
       )}
     </fieldset>
@@ -79,7 +75,7 @@ function Strength({ arm, own, position }: { arm: Arm; own: number; position: num
       <span class="hidden">Strength of column {position}</span>
       <input
         type="range"
-        min={0}
+        min={Math.min(0, value)}
         max={most}
         step={most / 40}
         value={value}

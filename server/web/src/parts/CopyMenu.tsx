@@ -1,6 +1,6 @@
 import { useRef, useState } from "preact/hooks";
-import { apiKey } from "../api";
-import { arms, replyOf, requestFor, settings, turns } from "../comparison";
+import { addressOf, apiKey } from "../api";
+import { arms, link, replyOf, requestFor, settings, turns } from "../comparison";
 import { asCurl, asPython } from "../logic/snippets";
 
 /** Puts the comparison on the clipboard; where that is not allowed, into a field to copy from. */
@@ -21,12 +21,12 @@ export function CopyMenu() {
   const turn = turns.value.at(-1);
   if (!turn) return null;
   const request = () => requestFor(turn, arms.value);
-  const origin = location.origin;
+  const origin = addressOf("/").replace(/\/$/, "");
   const keyed = Boolean(apiKey.value);
   return (
     <div class="copy" role="group" aria-label="Copy this comparison">
       <span class="label">{done || "Copy"}</span>
-      <button type="button" class="plain" onClick={() => copy("Link", location.href)}>
+      <button type="button" class="plain" onClick={() => copy("Link", address())}>
         Link
       </button>
       <button
@@ -65,10 +65,13 @@ export function CopyMenu() {
   );
 }
 
+/** Of this comparison, even where the browser's own is a moment behind. */
+const address = () => addressOf("/") + link.value;
+
 /** Everything that is on the page, replies and traces included. */
 function asJson(): string {
   const shown = {
-    address: location.href,
+    address: address(),
     settings: settings.value,
     turns: turns.value.map((turn) => ({
       content: turn.text,

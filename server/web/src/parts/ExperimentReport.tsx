@@ -1,4 +1,4 @@
-import { apiKey } from "../api";
+import { addressOf, apiKey } from "../api";
 import {
   eventText,
   METRIC_WORDS,
@@ -18,6 +18,7 @@ import {
   strengthText,
 } from "../logic/format";
 import { IntervalPlot } from "./Interval";
+import { Notice } from "./Notice";
 import { SequenceChart } from "./SequenceChart";
 
 interface Props {
@@ -45,8 +46,15 @@ export function ExperimentReport({ experiment, report }: Props) {
           <Fact name="Wrong verdict at most">{percent(experiment.alpha)}</Fact>
           <Fact name="Users covered">{percent(experiment.coverage)}</Fact>
           {experiment.shadow > 0 && <Fact name="Shadowed">{percent(experiment.shadow)}</Fact>}
+          {experiment.start && (
+            <Fact name={experiment.status === "scheduled" ? "Starts" : "Started"}>
+              {moment(Date.parse(experiment.start) / 1000)}
+            </Fact>
+          )}
           {experiment.end && (
-            <Fact name="Ends">{experiment.end.slice(0, 16).replace("T", " ")}</Fact>
+            <Fact name={experiment.status === "ended" ? "Ended" : "Ends"}>
+              {moment(Date.parse(experiment.end) / 1000)}
+            </Fact>
           )}
         </dl>
         <p class="quiet">
@@ -61,18 +69,22 @@ export function ExperimentReport({ experiment, report }: Props) {
           ))}
         </ul>
       )}
-      <div class="verdicts">
-        {report.comparisons.map((comparison) => (
-          <Verdict key={comparison.arm} {...{ comparison, experiment, control }} />
-        ))}
-        {report.shadows.map((comparison) => (
-          <Verdict
-            key={`shadow ${comparison.arm}`}
-            {...{ comparison, experiment, control }}
-            paired
-          />
-        ))}
-      </div>
+      {entered(report) ? (
+        <div class="verdicts">
+          {report.comparisons.map((comparison) => (
+            <Verdict key={comparison.arm} {...{ comparison, experiment, control }} />
+          ))}
+          {report.shadows.map((comparison) => (
+            <Verdict
+              key={`shadow ${comparison.arm}`}
+              {...{ comparison, experiment, control }}
+              paired
+            />
+          ))}
+        </div>
+      ) : (
+        <Notice>{NOBODY[experiment.status]}</Notice>
+      )}
       <Arms report={report} experiment={experiment} />
       <GuardRails report={report} experiment={experiment} />
       <p class="quiet">
@@ -82,6 +94,14 @@ export function ExperimentReport({ experiment, report }: Props) {
     </div>
   );
 }
+
+const entered = ({ arms }: Report) => arms.some((arm) => arm.units > 0);
+
+const NOBODY: Record<ExperimentCard["status"], string> = {
+  scheduled: "It has not begun.",
+  running: "Nobody has taken part so far.",
+  ended: "Nobody took part in it.",
+};
 
 /** A link carries no key, so with one it is a command that gets the report. */
 function WholeReport({ name }: { name: string }) {
@@ -95,7 +115,9 @@ function WholeReport({ name }: { name: string }) {
   return (
     <>
       The{" "}
-      <a href={`/v1/experiments/${encodeURIComponent(name)}/report?format=html`}>whole report</a>
+      <a href={addressOf(`/v1/experiments/${encodeURIComponent(name)}/report?format=html`)}>
+        whole report
+      </a>
     </>
   );
 }
@@ -152,7 +174,7 @@ function Verdict({ comparison, experiment, control, paired = false }: VerdictPro
         {decision.more_units !== null &&
           ` About ${count(decision.more_units)} more users may be needed.`}
       </p>
-      {looks.length > 1 ? (
+      {looks.length > 1 && (
         <>
           <SequenceChart looks={looks} margin={experiment.margin} arm={arm} />
           <details>
@@ -160,8 +182,6 @@ function Verdict({ comparison, experiment, control, paired = false }: VerdictPro
             <Looks looks={looks} />
           </details>
         </>
-      ) : (
-        <p class="quiet">There is no interval to draw yet.</p>
       )}
     </section>
   );
@@ -285,9 +305,11 @@ function Arms({ report, experiment }: Props) {
           Users are not spread over the arms as the weights say: find out why first.
         </p>
       ) : (
-        <p class="quiet">
-          Users are spread over the arms as the weights say (p = {fixed(report.sample_ratio.p)}).
-        </p>
+        entered(report) && (
+          <p class="quiet">
+            Users are spread over the arms as the weights say (p = {fixed(report.sample_ratio.p)}).
+          </p>
+        )
       )}
     </section>
   );

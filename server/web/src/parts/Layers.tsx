@@ -12,6 +12,8 @@ const WORDS: Record<Point, string> = {
 };
 
 const WIDTH = 30;
+/** Blocks beyond which the drawing is smaller, and scrolls rather than shrinks. */
+const MANY = 16;
 const [TOP, MIDDLE, BOTTOM] = [12, 36, 60];
 
 /** The model's blocks along the residual stream, and where the profile edits them. */
@@ -20,15 +22,19 @@ export function Layers({ profile }: { profile: ProfileCard }) {
   const found = profile.edits.map(place).filter((each) => each !== null);
   const blocks = Array.from({ length: profile.layers }, (_, i) => i);
   const width = blocks.length * WIDTH + 16;
-  const every = Math.ceil(blocks.length / 16);
+  const many = blocks.length > MANY;
   return (
     <figure class="layers">
-      <div class="scroll">
+      <div
+        class="scroll"
+        {...(many && { tabIndex: 0, role: "region", "aria-label": `Blocks of ${profile.name}` })}
+      >
         <svg
           viewBox={`0 0 ${width} 88`}
+          width={width * (many ? 1.2 : 1.5)}
           role="img"
           aria-labelledby={id}
-          class={blocks.length > 24 ? "many" : ""}
+          class={many ? "many" : ""}
         >
           <line class="stream" x1="0" x2={width} y1={MIDDLE} y2={MIDDLE} />
           {blocks.map((block) => (
@@ -40,11 +46,9 @@ export function Layers({ profile }: { profile: ProfileCard }) {
                 class="branch"
                 d={`M7 ${MIDDLE}v${BOTTOM - MIDDLE - 7}M23 ${BOTTOM - 7}V${MIDDLE}`}
               />
-              {block % every === 0 && (
-                <text x="15" y="84" text-anchor="middle">
-                  {block}
-                </text>
-              )}
+              <text x="15" y="84" text-anchor="middle">
+                {block}
+              </text>
             </g>
           ))}
           {found.map(({ block, point, edit }, i) => (

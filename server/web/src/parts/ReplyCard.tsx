@@ -1,9 +1,10 @@
 import { useComputed } from "@preact/signals";
 import { useMemo, useState } from "preact/hooks";
-import { keyOf, marks, rawArm, replies, tint, type Arm, type Turn } from "../comparison";
+import { keyOf, marks, mostEdit, rawArm, replies, tint, type Arm, type Turn } from "../comparison";
 import { difference } from "../logic/difference";
 import { fixed, seconds, strengthText } from "../logic/format";
 import type { Reply } from "../logic/reply";
+import { profilesByName } from "../session";
 import { OutcomeChip } from "./OutcomeChip";
 import { Scores } from "./Scores";
 import { Tokens } from "./Tokens";
@@ -32,7 +33,7 @@ export function ReplyCard({ turn, arm }: { turn: Turn; arm: Arm }) {
       <header>
         <h3>
           {arm.profile}
-          {!isRaw && reply.strength !== null && (
+          {!profilesByName.value.get(reply.profile)?.identity && reply.strength !== null && (
             <span class="strength" title="Strength">
               {" "}
               × {strengthText(reply.strength)}
@@ -85,7 +86,10 @@ function Readout({ reply, at }: { reply: Reply; at: number | null }) {
       <span class="token">{token ? <q>{visible(token.token)}</q> : "Trace"}</span>
       <span class="key answer">answer{token && <b> {fixed(token.answer_probability)}</b>}</span>
       <span class="key benign">benign{token && <b> {fixed(token.benign_probability)}</b>}</span>
-      <span class="key edit">edit{token && <b> {fixed(token.edit_norm)}</b>}</span>
+      <span class="key edit" title="The edits' change over the state">
+        edit
+        {token ? <b> {fixed(token.edit_norm)}</b> : mostEdit.value > 0 && ` to ${mostEdit.value}`}
+      </span>
     </div>
   );
 }

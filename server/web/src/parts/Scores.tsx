@@ -12,11 +12,13 @@ interface Props {
 
 /** What was read of the prompt: in figures, and as a bar each. */
 export function Scores({ scores, raw }: Props) {
+  const figure = (value: number | null | undefined, text: string) =>
+    scores && (value ?? null) === null ? <span class="unread">not read</span> : text;
   return (
     <dl class="scores">
       <div title="Log-odds of a refusal's opening, from this profile's first logits">
         <dt>Refusal score</dt>
-        <dd>{signed(scores?.refusal_score)}</dd>
+        <dd>{figure(scores?.refusal_score, signed(scores?.refusal_score))}</dd>
         <Meter
           class="refusal"
           middle
@@ -26,12 +28,12 @@ export function Scores({ scores, raw }: Props) {
       </div>
       <div title="Probability that this profile will answer, by its own probe">
         <dt>Will answer</dt>
-        <dd>{fixed(scores?.answer_probability)}</dd>
+        <dd>{figure(scores?.answer_probability, fixed(scores?.answer_probability))}</dd>
         <Meter class="answer" at={scores?.answer_probability} raw={raw?.answer_probability} />
       </div>
       <div title="Probability that the prompt is benign, read from the unedited model">
         <dt>Benign</dt>
-        <dd>{fixed(scores?.benign_probability)}</dd>
+        <dd>{figure(scores?.benign_probability, fixed(scores?.benign_probability))}</dd>
         <Meter class="benign" at={scores?.benign_probability} raw={null} />
       </div>
     </dl>

@@ -1,4 +1,4 @@
-import { addArm, arms, marks, mostEdit, tint } from "../comparison";
+import { addArm, arms, marks, mostEdit, tint, unread } from "../comparison";
 import { MOST_ARMS, TINTS, type Tint } from "../logic/link";
 import { profilesByName } from "../session";
 import { CopyMenu } from "./CopyMenu";
@@ -55,6 +55,7 @@ export function Toolbar() {
 function Legend() {
   const shown = tint.value;
   if (shown === "none") return null;
+  if (unread.value && shown !== "edit") return <span class="legend">not read here</span>;
   const [low, high] =
     shown === "edit"
       ? ["0", `${mostEdit.value} of the state`]

@@ -1,10 +1,21 @@
 import { useState } from "preact/hooks";
-import { announcement, arms, busy, edit, problem, retry, turns, type Turn } from "../comparison";
+import {
+  announcement,
+  arms,
+  busy,
+  edit,
+  problem,
+  retry,
+  turns,
+  unread,
+  type Turn,
+} from "../comparison";
 import { ArmBar } from "../parts/ArmBar";
 import { Composer } from "../parts/Composer";
 import { Notice } from "../parts/Notice";
 import { ReplyCard } from "../parts/ReplyCard";
 import { Toolbar } from "../parts/Toolbar";
+import { profilesByName } from "../session";
 
 /** The same conversation under several profiles, side by side. */
 export function Compare() {
@@ -20,6 +31,12 @@ export function Compare() {
         <p class="invite">
           Ask every column the same thing and see, token by token, what each profile does to the
           model's reply.
+          {profilesByName.value.size === 1 && (
+            <>
+              {" "}
+              So far it has only one: <code>pilothouse fit</code> makes more.
+            </>
+          )}
         </p>
       )}
       {problem.value && (
@@ -28,16 +45,28 @@ export function Compare() {
         </Notice>
       )}
       <Composer />
-      {turns.value.length > 0 && (
-        <p class="note">
-          The thin line across a bar is raw’s value. Probes are calibrated for the moment before the
-          reply, its first token; further on their course says more than their value.
-        </p>
-      )}
+      {turns.value.length > 0 && <Note />}
       <p class="hidden" role="status">
         {announcement.value}
       </p>
     </div>
+  );
+}
+
+function Note() {
+  if (unread.value) {
+    return (
+      <p class="note">
+        Nothing is read of prompts and replies here: this model is served without a monitor, which{" "}
+        <code>pilothouse fit monitor</code> makes.
+      </p>
+    );
+  }
+  return (
+    <p class="note">
+      The thin line across a bar is raw’s value. Probes are calibrated for the moment before the
+      reply, its first token; further on their course says more than their value.
+    </p>
   );
 }
 

@@ -46,11 +46,11 @@ function Figures({ history }: { history: readonly Snapshot[] }) {
     <>
       <Now history={history} />
       <fieldset class="choice">
-        <legend>Counted</legend>
+        <legend>Counted since</legend>
         {(
           [
-            ["start", "since the server started"],
-            ["page", "since this page was opened"],
+            ["start", "the server started"],
+            ["page", "this page was opened"],
           ] as const
         ).map(([each, words]) => (
           <label key={each}>

@@ -62,7 +62,9 @@ function Card({ profile, raw }: { profile: ProfileCard; raw: ProfileCard | undef
             "none: no edits"
           )}
         </Fact>
-        {typeof provenance.date === "string" && <Fact name="Fitted">{provenance.date}</Fact>}
+        {typeof provenance.date === "string" && (
+          <Fact name={profile.identity ? "Measured" : "Fitted"}>{provenance.date}</Fact>
+        )}
         {typeof provenance.base_model === "string" && (
           <Fact name="On">{provenance.base_model}</Fact>
         )}
