@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -19,8 +20,13 @@ from tests.vllm.serving import MIXTURE, profiles_of, save, serving
 
 def processes(name: str) -> list[int]:
     """Descendants of this process that vLLM calls so."""
-    found = psutil.Process().children(recursive=True)
-    return [child.pid for child in found if name in "".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        # Of engines before this one, processes may just be ending, or have ended unread.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in "".join(child.cmdline()):
+                found.append(child.pid)
+    return found
 
 
 @pytest.fixture(scope="module")
