@@ -68,3 +68,16 @@ def test_requests_fail_at_once_and_health_is_gone(lm: LanguageModel, victim: str
         asyncio.run(refused())
         begun = time.monotonic()
     assert time.monotonic() - begun < 20  # closing a dead engine waits for nobody
+
+
+def test_a_request_that_is_stopped_before_its_first_step_is_told_so(lm: LanguageModel) -> None:
+    with serving(lm, Path(lm.name), profiles_of(lm), enforce_eager=True, max_num_seqs=2) as engine:
+
+        async def admitted_and_stopped() -> None:
+            stream = engine.generate(ask(prompt_of(8), MIXTURE["sublayers"]))
+            engine._admit()
+            await engine._stop_serving()
+            with pytest.raises(EngineStoppedError):
+                await asyncio.wait_for(anext(stream), 5)
+
+        engine._call(admitted_and_stopped)

@@ -290,7 +290,9 @@ class VllmEngine:
 
     def _done(self, arrival: _Arrival, task: asyncio.Task[None]) -> None:
         del self._running[task]
-        self._end(arrival)  # a task that is cancelled before its first step ends nothing itself
+        # A task that is cancelled before its first step ends nothing itself.
+        unheard = task.cancelled() and self._stopped
+        self._end(arrival, EngineStoppedError(_STOPPED) if unheard else None)
         self._admit()
 
     def _leave(self, arrival: _Arrival) -> None:
