@@ -119,6 +119,9 @@ def make_sentencepiece(*words: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
+_made: list[LanguageModel] = []
+
+
 @cache
 def make_model(family: str, seed: int = 0) -> LanguageModel:
     """A tiny random float32 model. Shared: steer it, never change its weights."""
@@ -135,13 +138,15 @@ def make_model(family: str, seed: int = 0) -> LanguageModel:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.generation_config.eos_token_id = 257
     model.generation_config.pad_token_id = 257
-    return LanguageModel(
+    lm = LanguageModel(
         name=f"tiny-{family}",
         model=model,
         tokenizer=tokenizer,
         sites=find_sites(model),
         fingerprint=fingerprint_model(model, tokenizer),
     )
+    _made.append(lm)
+    return lm
 
 
 def with_template(lm: LanguageModel, template: str) -> LanguageModel:
@@ -161,6 +166,16 @@ def any_model(request: pytest.FixtureRequest) -> LanguageModel:
 @pytest.fixture
 def tiny_llama() -> LanguageModel:
     return make_model("llama")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_are_left_as_they_were() -> Iterator[None]:
+    """A hook left on a shared model would fail, or slow, the tests of other modules."""
+    yield
+    for lm in _made:
+        for name, module in lm.model.named_modules():
+            assert not module._forward_hooks, f"a hook was left on {lm.name}'s {name or 'root'}"
+            assert not module._forward_pre_hooks, f"a hook was left on {lm.name}'s {name or 'root'}"
 
 
 @pytest.fixture(scope="session", autouse=True)

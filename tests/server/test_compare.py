@@ -291,17 +291,20 @@ def test_a_client_that_goes_away_cancels_every_arm(stream: bool) -> None:
 def test_a_disconnect_frees_the_slots_of_all_arms() -> None:
     lm = make_model("llama")
     # Slow enough to be met under way, whatever the machine does.
-    lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    slow = lm.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
     engine = LocalEngine(lm, max_num_seqs=3, max_model_len=250)
-    with live_server(make_host(engine)) as address:
-        arms = [*ARMS, {"profile": "shy"}]
-        endless = {str(token): -100 for token in lm.eos_token_ids}
-        body = asked(arms=arms, max_tokens=200, temperature=2.0, logit_bias=endless)
-        with httpx2.stream("POST", f"{address}{URL}", json=body) as response:
-            next(response.iter_lines())
-            wait_until(lambda: engine.stats().slots_used == 3)
-        wait_until(lambda: engine.stats().slots_used == 0 and engine.stats().waiting == 0)
-        page = httpx2.get(f"{address}/metrics").text
+    try:
+        with live_server(make_host(engine)) as address:
+            arms = [*ARMS, {"profile": "shy"}]
+            endless = {str(token): -100 for token in lm.eos_token_ids}
+            body = asked(arms=arms, max_tokens=200, temperature=2.0, logit_bias=endless)
+            with httpx2.stream("POST", f"{address}{URL}", json=body) as response:
+                next(response.iter_lines())
+                wait_until(lambda: engine.stats().slots_used == 3)
+            wait_until(lambda: engine.stats().slots_used == 0 and engine.stats().waiting == 0)
+            page = httpx2.get(f"{address}/metrics").text
+    finally:
+        slow.remove()  # the model is everyone's
     for profile in ("raw", "bold", "shy"):
         ended = f'requests_total{{finish_reason="cancelled",profile="{profile}"}} 1.0'
         assert ended in page
