@@ -20,8 +20,8 @@ serve: $(VENV)/.serve  ## start the server on the demo model; flags by ARGS="--p
 	$(BIN)/pilothouse serve $(ARGS)
 
 test: $(VENV)/.test  ## run the tests (offline, no system packages)
-	$(BIN)/python -m pytest --ignore tests/services --ignore tests/browser --ignore tests/load \
-		--ignore tests/vllm $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--ignore tests/services --ignore tests/browser --ignore tests/load --ignore tests/vllm $(ARGS)
 
 check: $(VENV)/.test  ## lint, format and types
 	$(BIN)/ruff check
