@@ -1,12 +1,14 @@
-"""vLLM's processes die: requests fail at once, and the server knows."""
+"""vLLM's processes die or run out of memory: requests fail at once, and the server knows."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -29,24 +31,42 @@ def processes(name: str) -> list[int]:
     return found
 
 
+def killed(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def out_of_memory(pid: int) -> None:
+    """No allocation succeeds from now on: some kernel's in the next step raises, or segfaults."""
+    resource.prlimit(pid, resource.RLIMIT_AS, (2**20, 2**20))
+
+
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return save("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
-@pytest.mark.parametrize("victim", ["EngineCore", pytest.param("Worker", marks=pytest.mark.matrix)])
-def test_requests_fail_at_once_and_health_is_gone(lm: LanguageModel, victim: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "meets"),
+    [
+        ("EngineCore", killed),
+        pytest.param("Worker", killed, marks=pytest.mark.matrix),
+        ("Worker", out_of_memory),
+    ],
+)
+def test_requests_fail_at_once_and_health_is_gone(
+    lm: LanguageModel, victim: str, meets: Callable[[int], None]
+) -> None:
     bans = {token: -100.0 for token in lm.eos_token_ids}
     request = ask(prompt_of(8), MIXTURE["sublayers"], max_tokens=240, logit_bias=bans)
     with serving(lm, Path(lm.name), profiles_of(lm), enforce_eager=True, max_num_seqs=2) as engine:
 
-        async def killed() -> list[object]:
+        async def interrupted() -> list[object]:
             streams = engine.generate_all([request] * 4)
             await anext(streams[0])
             victims = processes(victim)
             assert victims
             for pid in victims:
-                os.kill(pid, signal.SIGKILL)
+                meets(pid)
             begun = time.monotonic()
 
             async def drain(stream: object) -> None:
@@ -57,7 +77,7 @@ def test_requests_fail_at_once_and_health_is_gone(lm: LanguageModel, victim: str
             assert time.monotonic() - begun < 10
             return list(ends)
 
-        ends = asyncio.run(killed())
+        ends = asyncio.run(interrupted())
         assert all(isinstance(end, EngineStoppedError) for end in ends), ends
         assert not engine.healthy()
 
