@@ -1,12 +1,15 @@
 """Where a site is in vLLM's modules, and how a program gets between them.
 
-vLLM's decoder blocks pass on `(hidden_states, residual)`, whose sum is the residual stream. A
-program changes the first and leaves the second alone, which vLLM's norms update in place.
+Most of vLLM's decoder blocks pass on `(hidden_states, residual)`, whose sum is the residual stream.
+A program changes the first and leaves the second alone, which vLLM's norms update in place. Blocks
+that are built otherwise are refused: the self-test could not tell, as it compares what happens at a
+hook, not whether the hook is in the right place.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from server.engine.vllm.program import SiteProgram
 from steering.edit import Point, Site
+from steering.models import POST_NORM_PAIRS
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -38,6 +42,7 @@ def attach(block: nn.Module, programs: Mapping[Site, SiteProgram]) -> None:
 
     Raises ValueError for blocks whose insides are not known.
     """
+    _check_residual(block)
     by_point = {site.point: program for site, program in programs.items()}
     for site, program in programs.items():
         block.add_module(f"pilothouse_{site.point}", program)
@@ -45,6 +50,8 @@ def attach(block: nn.Module, programs: Mapping[Site, SiteProgram]) -> None:
         at = _place_of_arguments(block)
         block.register_forward_pre_hook(_before(by_point["resid_pre"], at), with_kwargs=True)
     for points in (("attn_out", "attn_add"), ("mlp_out", "mlp_add")):
+        if not by_point.keys() & set(points):
+            continue  # a block whose sublayers are not known may be edited elsewhere
         inner, outer = _sublayer(block, points)
         here: dict[nn.Module, list[SiteProgram]] = {}
         for point, module in zip(points, (inner, outer), strict=True):
@@ -53,24 +60,40 @@ def attach(block: nn.Module, programs: Mapping[Site, SiteProgram]) -> None:
         for module, chain in here.items():
             module.register_forward_hook(_after_sublayer(chain))
     if "resid_post" in by_point:
-        _place_of_arguments(block)  # refuses blocks of another kind
         block.register_forward_hook(_after_block(by_point["resid_post"]))
+
+
+def _check_residual(block: nn.Module) -> None:
+    """Raise ValueError for a block that adds the residual itself, and passes on what it was.
+
+    Those that leave the sum to the next block must know the first, which gets none; the others
+    (Cohere's, EXAONE-4's, HyperCLOVA X's) never ask. No shape or value tells them apart.
+    """
+    _place_of_arguments(block)
+    try:
+        source = inspect.getsource(type(block).forward)
+    except OSError:
+        source = ""
+    if not re.search(r"\bresidual is (not )?None\b", source):
+        raise ValueError(
+            f"{type(block).__name__} does not leave the residual to the next block, so that vLLM "
+            "cannot be made to steer it; use --engine local"
+        )
 
 
 def _sublayer(block: nn.Module, points: tuple[Point, Point]) -> tuple[nn.Module, nn.Module]:
     """The module that gives a sublayer's output, and the one that gives what is added."""
-    attention = points[0] == "attn_out"
+    attention = "attn_out" in points
     inner = getattr(block, "self_attn" if attention else "mlp", None)
     if not isinstance(inner, nn.Module):
         raise ValueError(
             f"{type(block).__name__} has no self_attn and mlp, so that vLLM cannot be made to "
             "steer it; use --engine local"
         )
-    if not hasattr(block, "pre_feedforward_layernorm"):
-        return inner, inner
-    # Gemma-2's way: a norm after each sublayer.
-    name = "post_attention_layernorm" if attention else "post_feedforward_layernorm"
-    return inner, getattr(block, name)
+    for after_attention, after_mlp in POST_NORM_PAIRS:
+        if hasattr(block, after_mlp):
+            return inner, getattr(block, after_attention if attention else after_mlp)
+    return inner, inner
 
 
 def _place_of_arguments(block: nn.Module) -> tuple[int, int]:
