@@ -111,6 +111,15 @@ def test_vllms_compile_cache_knows_the_hooks(lm: LanguageModel) -> None:
     assert len({key(), key(max_site_rank=64), key(profiles=profiles_of(lm)[:2])}) == 3
 
 
+def test_an_argument_that_is_given_as_off_does_not_replace_the_servers(lm: LanguageModel) -> None:
+    off = {"max_logprobs": 0, "worker_cls": None, "disable_log_stats": False}
+    plain, given = (
+        VllmEngine(lm, VllmOptions(lm.name, engine_args=args))._client._engine_args()
+        for args in ({}, {**off, "generation_config": "auto"})
+    )
+    assert given == {**plain, "generation_config": "auto"}  # that one is the user's
+
+
 def test_unknown_arguments_of_vllm_are_named(lm: LanguageModel) -> None:
     options = VllmOptions(lm.name, engine_args={"no_such_thing": 3})
     with pytest.raises(ValueError, match="no_such_thing"):

@@ -121,6 +121,8 @@ class Client:
     def _engine_args(self) -> dict[str, Any]:
         options = self.options
         return {
+            "generation_config": "vllm",
+            **options.engine_args,  # before ours: a refused argument may be given as off
             "model": options.model,
             "revision": options.revision,
             "dtype": options.dtype,
@@ -133,13 +135,11 @@ class Client:
             "enable_prefix_caching": options.prefix_caching,
             "gpu_memory_utilization": options.gpu_memory_utilization,
             "enforce_eager": options.enforce_eager,
-            "generation_config": "vllm",
             "max_logprobs": MAX_TOP_LOGPROBS,
             "scheduling_policy": "priority",
             "structured_outputs_config": {"backend": "guidance"},
             "disable_log_stats": True,
             "worker_cls": "server.engine.vllm.worker.SteeringWorker",
-            **options.engine_args,
             "compilation_config": options.compilation_config,
             "additional_config": {"steering": self.layout.to_json()},
         }
