@@ -17,8 +17,8 @@ from server.engine.base import (
     QueueFullError,
     RankLimitError,
 )
-from server.engine.vllm.client import Ask
 from server.engine.vllm.engine import VllmEngine
+from server.engine.vllm.wire import RequestEdits
 from server.grammar import GrammarCompiler
 from steering.edit import AppliedEdit, Edit, Site
 from steering.models import LanguageModel
@@ -162,7 +162,7 @@ def test_without_salt_the_prefix_cache_would_mix_them_up(
 ) -> None:
     """Why there is one."""
     requests = [ask(prompt_of(160), edits, max_tokens=6) for edits in MIXTURE.values()]
-    monkeypatch.setattr(Ask, "cache_salt", lambda self, check: "the same")
+    monkeypatch.setattr(RequestEdits, "cache_salt", lambda self, check: "the same")
     salted = [ids(reply) for reply in alone(engine, requests[:1] + requests[2:6])]
     assert salted != [ids(reply) for reply in locally(lm, requests[:1] + requests[2:6])]
 

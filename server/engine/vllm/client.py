@@ -7,9 +7,8 @@ import contextlib
 import multiprocessing
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-from uuid import uuid4
 
 import torch
 import vllm
@@ -28,56 +27,18 @@ from server.engine.base import (
     StepFailedError,
 )
 from server.engine.vllm.columns import PlacedEdit
-from server.engine.vllm.layout import Layout, probes_of
+from server.engine.vllm.layout import CONFIG_KEY, Layout, probes_of
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.readings import Inbox, Readings
 from server.engine.vllm.release import check_version
+from server.engine.vllm.reports import Receiver
 from server.engine.vllm.sampling import sampling_params
-from server.engine.vllm.scores import Receiver
 from server.engine.vllm.steerer import SPLIT
-from server.engine.vllm.wire import AskedEdit, RowSteering, pack_edits, pack_tensors
-from steering.edit import AppliedEdit, edits_digest
+from server.engine.vllm.wire import RequestEdits, pack_edits, pack_tensors
 from steering.monitor import Monitor
 
 _ATTEMPTS = 16
-"""At reading a prompt in one step that other prompts have left no room in."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Edits of a request as the workers know them.
-
-    Args:
-        placed: in the order of the request's effective edits.
-    """
-
-    applied: tuple[AppliedEdit, ...] = ()
-    placed: tuple[PlacedEdit, ...] = ()
-
-    @property
-    def latches(self) -> bool:
-        return any(applied.edit.needs_whole_prompt for applied in self.applied)
-
-    def steering(self, key: str, **flags: bool) -> RowSteering:
-        pairs = zip(self.placed, self.applied, strict=True)
-        edits = tuple(AskedEdit(p.number, a.strength, a.edit.phase) for p, a in pairs)
-        return RowSteering(key, edits, **flags)
-
-    def cache_salt(self, *, check: bool = False) -> str | None:
-        """What keeps apart keys and values of different edits.
-
-        vLLM also keeps those of replies, which are a prompt in the next turn: they are for nobody
-        else where an edit knows phases. Registered anew, an edit has another number, so that
-        nothing is found that was computed while its columns were another's. Nor does a check share
-        any: its gates count as 1, and it is to see its whole prompt computed.
-        """
-        phased = any(applied.edit.phase != "all" for applied in self.applied)
-        if check or phased or self.latches:
-            return uuid4().hex
-        if not self.applied:
-            return None
-        numbers = ".".join(str(placed.number) for placed in self.placed)
-        return f"{edits_digest(self.applied)}.{numbers}"
+"""How often a prompt that must not be split is submitted before it fails."""
 
 
 class Client:
@@ -102,8 +63,8 @@ class Client:
         self._llm: AsyncLLM | None = None
 
     async def start(self) -> None:
-        """Start vLLM. Raises ValueError for arguments that it refuses; what else it raises, it
-        raises."""
+        """Start vLLM. Raises ValueError for arguments that it refuses; other errors of its start
+        pass through."""
         # Forked from a process with threads, workers may hang.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -141,7 +102,7 @@ class Client:
             "disable_log_stats": True,
             "worker_cls": "server.engine.vllm.worker.SteeringWorker",
             "compilation_config": options.compilation_config,
-            "additional_config": {"steering": self.layout.to_json()},
+            "additional_config": {CONFIG_KEY: self.layout.to_json()},
         }
 
     def _probe_directions(self) -> dict[str, torch.Tensor]:
@@ -175,7 +136,7 @@ class Client:
     async def run(
         self,
         request: EngineRequest,
-        ask: Ask,
+        edits: RequestEdits,
         *,
         replica: int | None = None,
         endless: bool = False,
@@ -195,9 +156,9 @@ class Client:
         ends = () if endless else self.end_tokens
         for attempt in range(_ATTEMPTS):
             with self._inbox.opened() as readings:
-                steering = ask.steering(readings.key, **flags)
+                steering = edits.steering(readings.key, **flags)
                 outputs = self._llm.generate(
-                    _prompt(request, ask.cache_salt(check=flags.get("check", False))),
+                    _prompt(request, edits.cache_salt(check=flags.get("check", False))),
                     sampling_params(request, steering, ends),
                     request_id=readings.key,
                     priority=request.priority if attempt == 0 else -1,
@@ -236,14 +197,16 @@ class Client:
         """What an unedited pass over a request's prompt shows."""
         sampling = Sampling(temperature=0.0, max_tokens=1)
         request = replace(request, sampling=sampling, edits=(), constraint=None)
-        async with self.run(request, Ask(), report=True) as (outputs, readings):
+        async with self.run(request, RequestEdits(), report=True) as (outputs, readings):
             async for _ in outputs:
                 pass
             return await readings.of(0)
 
     def abandon(self) -> None:
-        """Let a start that is under way fail. Called from another thread, again until it has: vLLM
-        listens to nothing while it loads and compiles, which may take minutes."""
+        """Let a start that is under way fail, by ending the processes that this one has started
+        through `multiprocessing` (Ray's are not among them). Called from another thread, again
+        until it has: vLLM listens to nothing while it loads and compiles, which may take minutes.
+        """
         for core in multiprocessing.active_children():
             if core.pid is not None:
                 kill_process_tree(core.pid)

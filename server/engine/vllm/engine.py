@@ -2,7 +2,8 @@
 
 One thread owns the event loop on which vLLM's client runs. This file is what other threads see of
 it: admission, the queue (the local engine's: vLLM knows of no clients, and gets no more requests
-than it can run), starting and stopping; and what becomes of one request.
+than it can run, but for unedited passes that read the benign probe, and self-tests), starting and
+stopping; and what becomes of one request.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,13 +36,15 @@ from server.engine.base import (
 from server.engine.limits import RequestLimits
 from server.engine.queue import FairQueue
 from server.engine.rows import Waiting
-from server.engine.stream import Courier, Outbox, TokenStream
-from server.engine.vllm.client import Ask, Client
+from server.engine.stream import Courier, TokenStream
+from server.engine.vllm.arrivals import AlertOutbox, Arrival
+from server.engine.vllm.client import Client
 from server.engine.vllm.columns import Columns
 from server.engine.vllm.layout import plan_layout
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.replies import Replies
 from server.engine.vllm.selftest import check_profile
+from server.engine.vllm.wire import RequestEdits
 from steering.edit import AppliedEdit, Edit, effective_edits
 from steering.models import LanguageModel
 from steering.monitor import Monitor
@@ -155,7 +158,7 @@ class VllmEngine:
     def check(self, request: EngineRequest) -> None:
         self._limits.check(request)
         with self._lock:
-            self._ask(request.edits)
+            self._find_all(request.edits)
 
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineToken, None]:
         """Submit at once and stream tokens; call it on the event loop that will read them."""
@@ -174,13 +177,13 @@ class VllmEngine:
                 raise EngineStoppedError("the engine is not running")
             assert self._loop is not None
             arrivals = [
-                _Arrival(request, _Outbox(loop, self._loop), ask=self._ask(request.edits))
+                Arrival(request, AlertOutbox(loop, self._loop), edits=self._find_all(request.edits))
                 for request in requests
             ]
             self._waiting.put(*arrivals)
             for arrival in arrivals:
                 # From now on, so that no deletion comes in between.
-                self._columns.use(arrival.ask.placed)
+                self._columns.use(arrival.edits.placed)
                 arrival.outbox.on_leaving = partial(self._leave, arrival)
             self._loop.call_soon_threadsafe(self._admit)
         return [TokenStream(arrival.outbox) for arrival in arrivals]
@@ -224,8 +227,10 @@ class VllmEngine:
         try:
             await self._open()
         except BaseException as error:
-            self._client.close()
-            started.set_exception(_start_error(error))
+            try:
+                self._client.close()
+            finally:
+                started.set_exception(_start_error(error))
             return
         self._ready = True
         started.set_result(None)
@@ -282,20 +287,20 @@ class VllmEngine:
                 arrival = self._waiting.pop(Counter(self._running.values()))
             if arrival is None:
                 return
-            assert isinstance(arrival, _Arrival)
+            assert isinstance(arrival, Arrival)
             task = asyncio.get_running_loop().create_task(self._serve(arrival))
             arrival.task = task
             self._running[task] = arrival.request.client
             task.add_done_callback(partial(self._done, arrival))
 
-    def _done(self, arrival: _Arrival, task: asyncio.Task[None]) -> None:
+    def _done(self, arrival: Arrival, task: asyncio.Task[None]) -> None:
         del self._running[task]
         # A task that is cancelled before its first step ends nothing itself.
         unheard = task.cancelled() and self._stopped
         self._end(arrival, EngineStoppedError(_STOPPED) if unheard else None)
         self._admit()
 
-    def _leave(self, arrival: _Arrival) -> None:
+    def _leave(self, arrival: Arrival) -> None:
         """The client has gone."""
         if arrival.task is not None:
             arrival.task.cancel()
@@ -304,14 +309,14 @@ class VllmEngine:
 
     def _end(self, arrival: Waiting, error: EngineError | None = None) -> None:
         """The last of a request: its edits are not its any more. May be called twice."""
-        assert isinstance(arrival, _Arrival)
+        assert isinstance(arrival, Arrival)
         with self._lock:
-            placed, arrival.ask = arrival.ask.placed, Ask()
+            placed, arrival.edits = arrival.edits.placed, RequestEdits()
             self._columns.release(placed)
         if error is not None:
             self._put(arrival, error)
 
-    def _put(self, arrival: _Arrival, item: EngineToken | EngineError) -> None:
+    def _put(self, arrival: Arrival, item: EngineToken | EngineError) -> None:
         """Hand something to a client, together with what others get in this turn of the loop."""
         self._courier.put(arrival.outbox, item)
         if not self._flushing:
@@ -328,9 +333,14 @@ class VllmEngine:
             with self._lock:
                 placed = self._columns.place(profile.edits)
                 drop, self._columns.removed = self._columns.removed, []
+
+            def find(edits: Iterable[AppliedEdit]) -> RequestEdits:
+                with self._lock:
+                    return self._find_all(edits)
+
             try:
                 await self._client.put_edits(placed, drop)
-                await check_profile(self._client, self.lm, profile, self._ask)
+                await check_profile(self._client, self.lm, profile, find)
             except BaseException as error:
                 with self._lock:
                     self._columns.take_out(placed)
@@ -342,10 +352,11 @@ class VllmEngine:
                     ) from error
                 raise
 
-    def _ask(self, edits: Iterable[AppliedEdit]) -> Ask:
-        """Where these edits are. Raises ValueError for one that is not registered."""
+    def _find_all(self, edits: Iterable[AppliedEdit]) -> RequestEdits:
+        """Where these edits are; call it under the lock. Raises ValueError for one that is not
+        registered."""
         applied = tuple(a for a in effective_edits(edits) if a.edit.rank + a.edit.has_shift)
-        return Ask(applied, tuple(map(self._find, (a.edit for a in applied))))
+        return RequestEdits(applied, tuple(map(self._find, (a.edit for a in applied))))
 
     def _find(self, edit: Edit) -> Any:
         placed = self._columns.find(edit)
@@ -353,7 +364,7 @@ class VllmEngine:
             raise ValueError(f"the edit at {edit.site} is not registered with this engine")
         return placed
 
-    async def _serve(self, arrival: _Arrival) -> None:
+    async def _serve(self, arrival: Arrival) -> None:
         """One request from admission to its end; what it raises goes to the client."""
         request = arrival.request
         error: EngineError | None = None
@@ -361,7 +372,7 @@ class VllmEngine:
             seconds = request.deadline - time.monotonic()
             async with asyncio.timeout(None if seconds == math.inf else seconds):
                 queued = time.monotonic() - arrival.since
-                async for token in self._replies.tokens(request, arrival.ask, queued):
+                async for token in self._replies.tokens(request, arrival.edits, queued):
                     self._put(arrival, token)
         except TimeoutError:
             error = DeadlineExceededError(_TOO_LATE)
@@ -376,43 +387,6 @@ class VllmEngine:
             error = StepFailedError(f"{type(raised).__name__}: {raised}")
         finally:
             self._end(arrival, error)
-
-
-@dataclass(eq=False)
-class _Arrival(Waiting):
-    """A submitted request, its edits and, once it runs, its task."""
-
-    outbox: _Outbox
-    ask: Ask = field(default_factory=Ask)
-    task: asyncio.Task[None] | None = None
-
-
-class _Outbox(Outbox):
-    """An outbox whose client's leaving is heard at once.
-
-    Args:
-        engine_loop: where `on_leaving` is called.
-    """
-
-    _cancelled = False
-    on_leaving: Callable[[], None] | None = None
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, engine_loop: asyncio.AbstractEventLoop
-    ) -> None:
-        super().__init__(loop)
-        self._engine_loop = engine_loop
-
-    @property
-    def cancelled(self) -> bool:
-        return self._cancelled
-
-    @cancelled.setter
-    def cancelled(self, value: bool) -> None:
-        self._cancelled = value
-        if value and self.on_leaving is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._engine_loop.call_soon_threadsafe(self.on_leaving)
 
 
 def _start_error(error: BaseException) -> BaseException:

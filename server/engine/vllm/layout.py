@@ -7,34 +7,36 @@ is told places, and decides nothing.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from steering.edit import Edit, Gate, Phase, Site
+from steering.edit import Edit, Gate, Site
 from steering.monitor import Monitor, Probe
 
-PROGRAM_VERSION = 1
+PROGRAM_VERSION = 2
 """Raise it with every change of `program.py`: compiled graphs of another one must not be used."""
+CONFIG_KEY = "steering"
+"""Where the layout is in vLLM's `additional_config`, which is part of its compile cache's key."""
 _SPARE_GATES = 8
-PHASES: tuple[Phase, ...] = ("prompt", "generation", "all")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The hooked sites. Sites are written as in `Site.parse`, in the order of a forward pass.
+    """The hooked sites: all that a compiled graph depends on, but no edit's values. Sites are
+    written as in `Site.parse`, in the order of a forward pass.
 
     Args:
         columns: at every site that can be edited.
         edits: the sites that can be edited, and how many gates can be read at each.
         probes: the sites with probes, and how many.
-        slots: rows of coefficients, which bounds the different edits in one step.
-        rows: requests that can hold latched gates, with one that is nobody's.
-        refusal_token_ids: whose probability is the refusal score; none without a monitor.
+        slots: rows of coefficients: one of zeros, and three per request that can run, which bounds
+            the different edits in one step.
+        latches: places that hold a request's gates over its prompt; the first is nobody's.
+        refusal_token_ids: the tokens that open a refusal, whose log-odds are the refusal score;
+            none without a monitor.
     """
 
     hidden_size: int
@@ -42,7 +44,7 @@ class Layout:
     edits: Mapping[str, int]
     probes: Mapping[str, int]
     slots: int
-    rows: int
+    latches: int
     refusal_token_ids: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -59,20 +61,10 @@ class Layout:
             )
         return cls(**{**fields, "refusal_token_ids": tuple(fields["refusal_token_ids"])})
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of all that a compiled graph depends on, but not of any edit's values."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
     @cached_property
     def sites(self) -> list[Site]:
         """Every hooked site, in the order of a forward pass."""
         return _ordered(map(Site.parse, {*self.edits, *self.probes}))
-
-    @cached_property
-    def gate_places(self) -> list[tuple[str, int]]:
-        """All gates, by site and number there, in the order in which they are reported."""
-        return [(site, k) for site, count in self.edits.items() for k in range(count)]
 
 
 def plan_layout(
@@ -98,7 +90,7 @@ def plan_layout(
         probes={str(site): probes[site] for site in _ordered(probes)},
         slots=3 * max_num_seqs + 1,
         # Preempted requests keep theirs.
-        rows=4 * max_num_seqs + 1 if any(room.values()) else 1,
+        latches=4 * max_num_seqs + 1 if any(room.values()) else 1,
         refusal_token_ids=monitor.refusal_token_ids if monitor is not None else (),
     )
 

@@ -14,7 +14,8 @@ A *slot* is a row of coefficients, one per column, that any number of tokens sha
 three of them (its first token, the rest of its prompt, its reply), which is how phases and
 strengths come in. Slot 0 is all zeros, and a token that points at it is not changed.
 
-Shapes: T tokens of the step, D hidden size, C columns, S slots, K gates, N rows that latch gates.
+Shapes: T tokens of the step, D hidden size, C columns, S slots, K gates, N latches
+(places that hold one request's gates over its prompt).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class TokenInputs(nn.Module):
 
     Buffers:
         slot: `[T]`, the row of coefficients.
-        row: `[T]`, where its request latches gates; 0 is nobody's.
+        latch: `[T]`, where its request latches gates; 0 is nobody's.
         last, mean: `[T]`, a token's weight in gates read at the last prompt token, and in those
             over the mean of the prompt; sum to 1 over the request when its prompt is read.
         forced: `[T]`, 1 where all gates count as 1 (self-test).
@@ -66,7 +67,7 @@ class TokenInputs(nn.Module):
     """
 
     slot: Tensor
-    row: Tensor
+    latch: Tensor
     last: Tensor
     mean: Tensor
     forced: Tensor
@@ -74,7 +75,7 @@ class TokenInputs(nn.Module):
 
     def __init__(self, tokens: int, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        for name in ("slot", "row"):
+        for name in ("slot", "latch"):
             self.register_buffer(
                 name, torch.zeros(tokens, dtype=torch.long, device=device), persistent=False
             )
@@ -96,10 +97,22 @@ class SiteProgram(nn.Module):
         coefficient: `[S, C]` float32, zeros; a view of the worker's table will do. C = 0 where
             the site is only read.
         gates: how many gates can be read here.
-        rows: N.
+        latches: N.
         probes: how many probes can be read here, after the edits.
         sources: the programs before this one, in the order of the forward pass, whose gates its
             edits may use; its own come last.
+
+    Buffers:
+        read, write: `[D, C]`, `[C, D]`.
+        constant: `[C]`, added to what is read: 1 in a shift's column, which reads nothing.
+        gate_of_column: `[C]`, 0 for no gate, else 1 + its place among the gates of the sources.
+        gate_column: `[K]`, the column that reads it.
+        gate_linear, gate_above, gate_threshold, gate_last, gate_mean: `[K]`, the gate's definition.
+        latched: `[N, K]`, the projection that a latched gate holds.
+        gate: `[T, K]`, gates as they scale edits in this step.
+        probe, probed: `[D, P]` directions, `[T, P]` projections on them, without bias.
+        norm: `[T]`, |change| / |x|.
+        watched: `[WATCHED, 3, D]`, of a watched token: x, h before, h after.
     """
 
     read: Tensor
@@ -127,7 +140,7 @@ class SiteProgram(nn.Module):
         coefficient: Tensor,
         *,
         gates: int = 0,
-        rows: int = 1,
+        latches: int = 1,
         probes: int = 0,
         sources: Sequence[SiteProgram] = (),
     ) -> None:
@@ -155,7 +168,7 @@ class SiteProgram(nn.Module):
         buffer("gate_threshold", gates)
         buffer("gate_last", gates)
         buffer("gate_mean", gates)
-        buffer("latched", rows, gates)
+        buffer("latched", latches, gates)
         buffer("gate", tokens, gates)
         buffer("probe", hidden_size, probes)
         buffer("probed", tokens, probes)
@@ -165,7 +178,7 @@ class SiteProgram(nn.Module):
     def forward(self, h: Tensor, residual: Tensor | None = None) -> Tensor:
         """`h` `[T, D]` after the edits of this site, in its own dtype.
 
-        `residual` is what the block has yet to add to it, None where that is nothing. What the
+        `residual` `[T, D]` is what is yet to be added to it, None where that is nothing. What the
         call reads (gates, probes, norms, watched states) is left in the buffers.
         """
         needs, count = self.inputs.needs, h.shape[0]
@@ -210,10 +223,10 @@ class SiteProgram(nn.Module):
         # What a row's prompt adds in this call to what it has latched, which is 0 before. No
         # product with 0 here either.
         part = torch.where(weight == 0, 0.0, projection * weight)
-        latched = self.latched.index_add(0, inputs.row[:count], part)
+        latched = self.latched.index_add(0, inputs.latch[:count], part)
         self.latched.copy_(latched)
         latches = (self.gate_last + self.gate_mean) > 0
-        kept = latched.index_select(0, inputs.row[:count])
+        kept = latched.index_select(0, inputs.latch[:count])
         value = self._value(torch.where(latches, kept, projection))
         return torch.where(inputs.forced[:count, None] > 0, 1.0, value)
 
@@ -221,9 +234,9 @@ class SiteProgram(nn.Module):
         opened = (projection > self.gate_threshold) == self.gate_above
         return torch.where(self.gate_linear, projection, opened.float())
 
-    def latched_values(self, rows: Tensor) -> Tensor:
-        """`[n, K]`: the gates of these rows `[n]` as they scale edits; of those that latch."""
-        return self._value(self.latched.index_select(0, rows))
+    def latched_values(self, latches: Tensor) -> Tensor:
+        """`[n, K]`: what these latches `[n]` hold, as it scales edits."""
+        return self._value(self.latched.index_select(0, latches))
 
     # Written between two steps; what is there already keeps its place.
 

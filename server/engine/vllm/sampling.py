@@ -17,7 +17,7 @@ from server.engine.vllm.wire import ARGUMENT, RowSteering
 def sampling_params(
     request: EngineRequest, steering: RowSteering, end_tokens: Collection[int]
 ) -> SamplingParams:
-    """vLLM applies them in the order that the local engine has from it.
+    """vLLM applies them in the order of `server.engine.sampling`.
 
     Args:
         end_tokens: what ends a reply; no other token does.

@@ -1,85 +1,89 @@
-"""How what the workers read comes back: ZMQ, from each of them straight to the server.
-
-vLLM's own way back has no room for it, and asking the workers costs tens of milliseconds under
-load. A message is one JSON list of reports, with a word in front that only this server's workers
-know.
-"""
+"""What readings mean: a request's scores and traces."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import logging
-import secrets
-import shutil
-import tempfile
-import threading
-from collections.abc import Callable
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Mapping
 
-import zmq
-import zmq.asyncio
-
-logger = logging.getLogger(__name__)
-
-Report = dict[str, Any]
-_LARGEST = 16 * 2**20
-"""Bytes of a message: thousands of reports. Who sends longer ones is cut off."""
+from server.engine.base import EngineRequest, PromptScores, StepFailedError, TokenTrace
+from server.engine.vllm.layout import probes_of
+from server.engine.vllm.wire import RequestEdits
+from steering.monitor import Monitor, Probe
 
 
-class Sender:
-    """A worker's end. Used from any thread."""
+class ScoreReader:
+    """Turns what the workers have read into a request's scores and its tokens' traces."""
 
-    def __init__(self, address: str, word: str) -> None:
-        self._word = word.encode()
-        self._lock = threading.Lock()
-        self._socket: Any = zmq.Context.instance().socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.LINGER, 0)  # a worker's end waits for nobody
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # nor does a step, however busy the server is
-        self._socket.connect(address)
+    def __init__(self, monitor: Monitor | None) -> None:
+        self._monitor = monitor
+        self._names: dict[int, str] = {}
+        """What a probe's reading is called, by the probe's identity."""
+        numbers: Counter[str] = Counter()
+        for probe in probes_of(monitor).values():
+            site = str(probe.site)
+            self._names[id(probe)] = f"probe.{site}.{numbers[site]}"
+            numbers[site] += 1
 
-    def __call__(self, reports: list[Report]) -> None:
-        with self._lock:
-            self._socket.send_multipart([self._word, json.dumps(reports).encode()])
+    def needs_raw_pass(self, request: EngineRequest) -> bool:
+        """Whether the benign probe must be read in a pass of its own."""
+        monitor = self._monitor
+        return (
+            monitor is not None
+            and bool(monitor.benign)
+            and request.benign_read == "always"
+            and monitor.benign_probe_for(request.edits) is None
+        )
 
-    def close(self) -> None:
-        with self._lock:
-            self._socket.close()
+    def scores(
+        self,
+        request: EngineRequest,
+        edits: RequestEdits,
+        read: Mapping[str, float],
+        raw: Mapping[str, float],
+    ) -> PromptScores:
+        """Scores from what was read at the last prompt token, in the request's own pass and, if
+        there was one, in the unedited one."""
+        monitor = self._monitor
+        gates = tuple(
+            read[f"gate.{p.gate.gate.site}.{p.gate.index}"]
+            for p in edits.placed
+            if p.gate is not None and p.gate.gate.latches
+        )
+        if monitor is None:
+            return PromptScores(gate_values=gates)
+        refusal = read.get("refusal")
+        if refusal is not None and not math.isfinite(refusal):
+            raise StepFailedError("the model's logits are not finite")
+        benign = None
+        if raw:
+            benign = self._probability(monitor.benign_probe, raw)
+        elif request.benign_read != "off" and monitor.benign:
+            benign = self._probability(monitor.benign_probe_for(request.edits), read)
+        return PromptScores(
+            refusal_score=refusal if request.refusal_score else None,
+            answer_probability=self._answer(request, read),
+            benign_probability=benign,
+            edit_norm=read["norm"],
+            gate_values=gates,
+        )
 
+    def trace(self, request: EngineRequest, read: Mapping[str, float]) -> TokenTrace:
+        monitor = self._monitor
+        benign = None if monitor is None or not monitor.benign else monitor.benign_probe
+        return TokenTrace(
+            answer_probability=self._answer(request, read),
+            benign_probability=self._probability(benign, read),
+            edit_norm=read["norm"],
+        )
 
-class Receiver:
-    """The server's end, on an event loop.
+    def _answer(self, request: EngineRequest, read: Mapping[str, float]) -> float | None:
+        if self._monitor is None or request.answer_probe is None:
+            return None
+        return self._probability(self._monitor.answer.get(request.answer_probe), read)
 
-    Args:
-        take: gets every report, on the loop.
-        host: of this machine as workers on others see it; None where all are on this one.
-    """
-
-    def __init__(self, take: Callable[[Report], None], host: str | None = None) -> None:
-        self.word = secrets.token_hex(16)
-        self._take = take
-        self._folder = None if host else tempfile.mkdtemp(prefix="pilothouse-")
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._socket: Any = self._context.socket(zmq.PULL)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _LARGEST)
-        self._socket.bind(f"tcp://{host}:*" if host else f"ipc://{self._folder}/scores")
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._task = asyncio.create_task(self._run())
-
-    async def _run(self) -> None:
-        while True:
-            word, *body = await self._socket.recv_multipart()
-            if not secrets.compare_digest(word, self.word.encode()) or len(body) != 1:
-                logger.warning("a message that is not of this server's workers was dropped")
-                continue
-            try:
-                for report in json.loads(body[0]):
-                    self._take(report)
-            except Exception:  # or all requests after it would wait for their scores
-                logger.exception("a report of the workers could not be read")
-
-    def close(self) -> None:
-        self._task.cancel()
-        self._context.destroy(linger=0)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+    def _probability(self, probe: Probe | None, read: Mapping[str, float]) -> float | None:
+        if probe is None:
+            return None
+        odds = read[self._names[id(probe)]] + probe.bias
+        return 1 / (1 + math.exp(-odds)) if odds >= 0 else math.exp(odds) / (1 + math.exp(odds))

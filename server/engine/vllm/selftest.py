@@ -14,8 +14,9 @@ import asyncio
 from collections.abc import Callable
 
 from server.engine.base import EngineRequest, Sampling
-from server.engine.vllm.client import Ask, Client
+from server.engine.vllm.client import Client
 from server.engine.vllm.sampling import tokens_of
+from server.engine.vllm.wire import RequestEdits
 from steering.edit import AppliedEdit
 from steering.models import LanguageModel
 from steering.profile import Profile
@@ -29,12 +30,17 @@ async def check_profile(
     client: Client,
     lm: LanguageModel,
     profile: Profile,
-    ask: Callable[[tuple[AppliedEdit, ...]], Ask],
+    find: Callable[[tuple[AppliedEdit, ...]], RequestEdits],
 ) -> None:
-    """Raise ValueError, saying where and by how much, if the profile is not applied."""
+    """Raise ValueError, saying where and by how much, if the profile is not applied; and
+    StepFailedError if its logits are not finite.
+
+    Args:
+        find: where edits are.
+    """
     if not profile.applied():
         return
-    edited, unedited = ask(profile.applied()), Ask()
+    edited, unedited = find(profile.applied()), RequestEdits()
     sampling = Sampling(temperature=0.0, max_tokens=_TOKENS)
     request = EngineRequest("self-test", tuple(prompt_ids(lm)), sampling)
     for replica in range(client.options.data_parallel_size):
@@ -48,8 +54,10 @@ async def check_profile(
                 raise ValueError(found[0])
 
 
-async def _check(client: Client, request: EngineRequest, ask: Ask, replica: int) -> list[str]:
-    async with client.run(request, ask, replica=replica, endless=True, check=True) as (
+async def _check(
+    client: Client, request: EngineRequest, edits: RequestEdits, replica: int
+) -> list[str]:
+    async with client.run(request, edits, replica=replica, endless=True, check=True) as (
         outputs,
         readings,
     ):
@@ -62,8 +70,10 @@ async def _check(client: Client, request: EngineRequest, ask: Ask, replica: int)
             return [f"only {len(readings.checks)} of the workers' checks came back"]
 
 
-async def _run(client: Client, request: EngineRequest, ask: Ask, replica: int) -> list[str]:
-    async with client.run(request, ask, replica=replica) as (outputs, _):
+async def _run(
+    client: Client, request: EngineRequest, edits: RequestEdits, replica: int
+) -> list[str]:
+    async with client.run(request, edits, replica=replica) as (outputs, _):
         async for output in outputs:
             list(tokens_of(output.outputs[0], 0))
     return []

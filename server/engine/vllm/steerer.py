@@ -22,14 +22,13 @@ from server.engine.vllm.hooks import attach
 from server.engine.vllm.layout import Layout
 from server.engine.vllm.program import WATCHED, Needs, SiteProgram, TokenInputs
 from server.engine.vllm.recipes import FIRST, PROMPT, REPLY, Recipe, Recipes
-from server.engine.vllm.wire import AskedEdit, RowSteering, unpack_edits, unpack_tensors
+from server.engine.vllm.wire import AskedEdit, Report, RowSteering, unpack_edits, unpack_tensors
 from steering.edit import AppliedEdit, Site
 from steering.monitor import refusal_log_odds
 from steering.selftest import check_change
 
 logger = logging.getLogger(__name__)
 
-Report = dict[str, Any]
 Send = Callable[[list[Report]], None]
 SPLIT = "split"
 """Why a row failed whose prompt was to be read in one step and was not."""
@@ -85,7 +84,7 @@ class Steerer:
         layers: the model's decoder blocks, by their number in the model; gets the programs.
         tokens: the most in one step, padding included.
         dtype: of the hidden states.
-        reads: whether this worker tells what was read; of workers that hold the same states one
+        reports: whether this worker tells what was read; of workers that hold the same states one
             does. All tell what they found in a check.
         eager: no graph is made of the programs, so that they may leave out what a step needs not.
     """
@@ -101,12 +100,12 @@ class Steerer:
         tokens: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
-        reads: bool = True,
+        reports: bool = True,
         eager: bool = False,
     ) -> None:
         self.layout = layout
         self.eager = eager
-        self.reads = reads
+        self.reports = reports
         self.dtype = dtype
         self.device = torch.device(device)
         self.inputs = TokenInputs(tokens, device)
@@ -120,7 +119,7 @@ class Steerer:
         self._gates: dict[tuple[str, int], int] = {}
         """The number of the gate that is read there."""
         self._rows: dict[str, _Row] = {}
-        self._free_latches = list(range(1, layout.rows))
+        self._free_latches = list(range(1, layout.latches))
         self._filled = [0] * len(self._per_token())
         """Of each input, the tokens from 0 on that may not be zero."""
         self._watching = False
@@ -143,7 +142,7 @@ class Steerer:
                 layout.hidden_size,
                 table[places[name]] if name in places else empty,
                 gates=layout.edits.get(name, 0),
-                rows=layout.rows,
+                latches=layout.latches,
                 probes=layout.probes.get(name, 0),
                 sources=list(programs.values()),
             )
@@ -226,7 +225,7 @@ class Steerer:
 
     def _per_token(self) -> tuple[Tensor, ...]:
         inputs = self.inputs
-        return inputs.slot, inputs.row, inputs.last, inputs.mean, inputs.forced
+        return inputs.slot, inputs.latch, inputs.last, inputs.mean, inputs.forced
 
     @torch.inference_mode()
     def fill(
@@ -347,9 +346,9 @@ class Steerer:
             return
         if step.checks:
             self.send([self._check(check) for check in step.checks])
-        if step.failed and self.reads:
+        if step.failed and self.reports:
             self.send(step.failed)
-        if step.reads and self.reads:
+        if step.reads and self.reports:
             values, names = self._readings(step.reads, logits)
             self._deliver(step.reads, values, names)
 
@@ -364,8 +363,11 @@ class Steerer:
         copied.record()
 
         def tell() -> None:
-            copied.synchronize()
-            self._tell(reads, arrived, names)
+            try:
+                copied.synchronize()
+                self._tell(reads, arrived, names)
+            except Exception:  # nobody waits for this thread's result
+                logger.exception("what a step has read could not be sent")
 
         self._later.submit(tell)
 
@@ -385,13 +387,13 @@ class Steerer:
         norms = [p.norm.index_select(0, tokens) for p in edited]
         parts.append(torch.stack(norms).amax(0)[:, None] if norms else torch.zeros(len(reads), 1))
         names.append("norm")
-        rows = torch.tensor([read.row.latch for read in reads], device=self.device)
+        latches = torch.tensor([read.row.latch for read in reads], device=self.device)
         for site, program in self.programs.items():
             if program.probes:
                 parts.append(program.probed.index_select(0, tokens))
                 names += [f"probe.{site}.{i}" for i in range(program.probes)]
             if program.gates and any(read.row.latches for read in reads):
-                parts.append(program.latched_values(rows))
+                parts.append(program.latched_values(latches))
                 names += [f"gate.{site}.{i}" for i in range(program.gates)]
         if logits is not None and self.layout.refusal_token_ids:
             here = logits[torch.tensor([read.index for read in reads], device=logits.device)]

@@ -1,4 +1,4 @@
-"""What goes from the server to vLLM's workers: edits as safetensors bytes, the rest as JSON.
+"""What goes between the server and vLLM's workers: edits as safetensors bytes, the rest as JSON.
 
 A request names edits by their numbers; no tensor ever comes with one.
 """
@@ -9,17 +9,27 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import safetensors
 import safetensors.torch
 from torch import Tensor
 
 from server.engine.vllm.columns import PlacedEdit, PlacedGate
-from steering.edit import Phase, edit_from_parts, edit_header, edit_tensors
+from steering.edit import (
+    AppliedEdit,
+    Phase,
+    edit_from_parts,
+    edit_header,
+    edit_tensors,
+    edits_digest,
+)
 
 _METADATA_KEY = "pilothouse.edits"
 ARGUMENT = "pilothouse"
 """Under this name in `SamplingParams.extra_args`."""
+Report = dict[str, Any]
+"""What a worker tells of one request: `key`, and what was read, failed or found in a check."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,43 @@ class RowSteering:
     def from_json(cls, data: Mapping[str, Any]) -> RowSteering:
         edits = tuple(AskedEdit(number, float(s), phase) for number, s, phase in data["edits"])
         return cls(data["key"], edits, **dict.fromkeys(data["flags"], True))
+
+
+@dataclass(frozen=True)
+class RequestEdits:
+    """A request's edits and where they are.
+
+    Args:
+        placed: in the order of the request's effective edits.
+    """
+
+    applied: tuple[AppliedEdit, ...] = ()
+    placed: tuple[PlacedEdit, ...] = ()
+
+    @property
+    def latches(self) -> bool:
+        return any(applied.edit.needs_whole_prompt for applied in self.applied)
+
+    def steering(self, key: str, **flags: bool) -> RowSteering:
+        pairs = zip(self.placed, self.applied, strict=True)
+        edits = tuple(AskedEdit(p.number, a.strength, a.edit.phase) for p, a in pairs)
+        return RowSteering(key, edits, **flags)
+
+    def cache_salt(self, *, check: bool = False) -> str | None:
+        """What keeps apart keys and values of different edits.
+
+        vLLM also keeps those of replies, which are a prompt in the next turn: they are for nobody
+        else where an edit knows phases. Registered anew, an edit has another number, so that
+        nothing is found that was computed while its columns were another's. Nor does a check share
+        any: its gates count as 1, and it is to see its whole prompt computed.
+        """
+        phased = any(applied.edit.phase != "all" for applied in self.applied)
+        if check or phased or self.latches:
+            return uuid4().hex
+        if not self.applied:
+            return None
+        numbers = ".".join(str(placed.number) for placed in self.placed)
+        return f"{edits_digest(self.applied)}.{numbers}"
 
 
 def pack_tensors(tensors: Mapping[str, Tensor]) -> bytes:

@@ -12,18 +12,15 @@ from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_paral
 from vllm.platforms import current_platform
 
 from server.engine.vllm.hooks import decoder_layers
-from server.engine.vllm.layout import Layout
+from server.engine.vllm.layout import CONFIG_KEY, Layout
+from server.engine.vllm.reports import Sender
 from server.engine.vllm.runner import steer
-from server.engine.vllm.scores import Sender
 from server.engine.vllm.steerer import Steerer
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
-
-CONFIG = "steering"
-"""Where the layout is in vLLM's `additional_config`, which is part of its compile cache's key."""
 
 
 class SteeringWorker(PlatformWorker):  # type: ignore[misc]
@@ -40,22 +37,21 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         first, end = getattr(inner, "start_layer", 0), getattr(inner, "end_layer", len(blocks))
         captured = config.compilation_config.max_cudagraph_capture_size or 0
         self.steerer = Steerer(
-            Layout.from_json(config.additional_config[CONFIG]),
+            Layout.from_json(config.additional_config[CONFIG_KEY]),
             {i: blocks[i] for i in range(first, end)},
             tokens=max(runner.max_num_tokens, captured),
             dtype=self.model_config.dtype,
             device=self.device,
-            reads=get_tensor_model_parallel_rank() == 0,
+            reports=get_tensor_model_parallel_rank() == 0,
             eager=self.model_config.enforce_eager,
         )
         steer(runner, self.steerer, last_stage=get_pp_group().is_last_rank)
 
     # Called by the server, through vLLM's `collective_rpc`.
 
-    def steering_connect(self, address: str, word: str) -> str:
-        """Send reports there. Returns which model runner this is."""
+    def steering_connect(self, address: str, word: str) -> None:
+        """Send reports there."""
         self.steerer.send = Sender(address, word)
-        return "v2" if self.use_v2_model_runner else "v1"
 
     def steering_put_probes(self, data: bytes) -> None:
         self.steerer.put_probes(data)

@@ -12,7 +12,7 @@ import zmq
 
 from server.engine.base import StepFailedError
 from server.engine.vllm.readings import Inbox
-from server.engine.vllm.scores import Receiver, Sender
+from server.engine.vllm.reports import Receiver, Sender
 
 
 def part(key: str, reply: int, **read: float) -> dict[str, Any]:

@@ -208,7 +208,7 @@ def test_a_split_prompt_is_reported_where_a_gate_needs_it_whole(rig: Rig) -> Non
 
 def test_rows_for_latched_gates_come_back_when_requests_end(rig: Rig) -> None:
     name = "last-prompt-token gate"
-    for i in range(3 * rig.layout.rows):
+    for i in range(3 * rig.layout.latches):
         asked = rig.row(name, MIXTURE[name])
         rig.steerer.begin([(f"{i}", len(PROMPTS[name]), asked)], finished=[f"{i - 1}"])
         PROMPTS[f"{i}"] = PROMPTS[name]
