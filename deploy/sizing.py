@@ -124,7 +124,14 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Replica:
-    """One engine at capacity."""
+    """One engine at capacity.
+
+    Args:
+        batch: requests that run at once.
+        step: seconds of a decode step.
+        prefill: seconds to read a prompt.
+        reply: tokens of one.
+    """
 
     batch: int
     step: float
@@ -215,10 +222,7 @@ def report(model: Model, gpu: Gpu, a: Assumptions) -> Iterator[str]:
         f"| **{a.rate:g} requests/s, at {100 * a.load:.0f} % load** | {fleet} replicas, "
         f"{fleet * a.gpus} GPUs |"
     )
-    yield (
-        f"| **edits: {a.columns} columns at {a.sites} of {2 * model.layers} sublayers and blocks** "
-        "| |"
-    )
+    yield (f"| **edits: {a.columns} columns at {a.sites} of {2 * model.layers} sublayers** | |")
     yield (
         f"| of a step | {edit_bytes(model, a) / MIB:.1f} MiB more to read "
         f"({100 * edit_bytes(model, a) / model.weight_bytes:.2f} % of the weights), "
@@ -231,9 +235,8 @@ def report(model: Model, gpu: Gpu, a: Assumptions) -> Iterator[str]:
         f"({100 * (1 - edited.requests / plain.requests):.2f} % fewer), {more} replicas |"
     )
     yield (
-        f"| memory per profile | {2 * 4 * model.hidden / KIB:.0f} KiB per site and rank, "
-        f"{4 * model.hidden / KIB:.0f} KiB of it for a shift alone; none per request but "
-        "coefficients |"
+        f"| a column | {2 * 4 * model.hidden / KIB:.0f} KiB per site, for one rank or one shift; "
+        "all of them from the start, so that a profile takes none of its own |"
     )
     yield (
         f"| room | {a.columns} columns: as many rank-1 profiles at a site, or "

@@ -39,6 +39,7 @@ def check_engine(engine: str, changed: Collection[str], *, prefix_caching: bool)
 
     Args:
         changed: settings that are not what they are by default.
+        prefix_caching: whether `--prefix-cache-mib` is more than 0.
     """
     if engine == "local":
         for name in VLLM_ONLY:
@@ -60,7 +61,7 @@ def check_engine(engine: str, changed: Collection[str], *, prefix_caching: bool)
         )
 
 
-def parse_arguments(text: str) -> dict[str, Any]:
+def parse_vllm_args(text: str) -> dict[str, Any]:
     """`--vllm-args`. Raises ValueError."""
     try:
         value = json.loads(text)

@@ -28,10 +28,10 @@ from server.experiments.report_making import make_report
 from server.experiments.store import open_records
 from server.grammar import GrammarCompiler
 from server.loading import (
-    before_folded_edits,
     load,
     load_monitor,
     model_name,
+    monitor_under_fold,
     steer_sites,
     warn_of_other_forms,
 )
@@ -234,7 +234,7 @@ def _open_local(
         folded = store.resolve(settings.fold)
         self_test(lm, folded)
         fold_into(lm, folded, allow_derived=settings.allow_derived_base)
-        monitor = monitor and before_folded_edits(monitor, folded)
+        monitor = monitor and monitor_under_fold(monitor, folded)
     engine = LocalEngine(
         lm,
         max_num_seqs=settings.max_num_seqs or LOCAL_SEQS,

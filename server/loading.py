@@ -87,7 +87,8 @@ def _check_answers(lm: LanguageModel) -> None:
 
 
 def steer_sites(asked: Sequence[str], lm: LanguageModel) -> tuple[Site, ...]:
-    """`12.resid_post`, or `*.resid_post` for every layer. Raises ValueError."""
+    """The sites that `--steer-site` names, each once, in the order asked: `12.resid_post`, or
+    `*.resid_post` for every layer. Raises ValueError."""
     sites: dict[Site, None] = {}
     for text in asked:
         layer, dot, point = text.partition(".")
@@ -103,7 +104,8 @@ def steer_sites(asked: Sequence[str], lm: LanguageModel) -> tuple[Site, ...]:
 
 
 def load_monitor(settings: Settings, lm: LanguageModel, paths: list[Path]) -> Monitor | None:
-    """The monitor asked for, else the one that lies beside the profiles, else none."""
+    """The monitor asked for, else the one that lies beside the profiles, else none; none, with a
+    warning, if it was fitted on other weights."""
     beside = [p / MONITOR_FILE if p.is_dir() else p.parent / MONITOR_FILE for p in paths]
     path = settings.monitor or next((file for file in beside if file.is_file()), None)
     if path is None:
@@ -136,7 +138,7 @@ def warn_of_other_forms(lm: LanguageModel, store: ProfileStore, monitor: Monitor
             )  # fmt: skip
 
 
-def before_folded_edits(monitor: Monitor, folded: Profile) -> Monitor:
+def monitor_under_fold(monitor: Monitor, folded: Profile) -> Monitor:
     """The monitor with the one benign probe that reads what the folded edits leave alone, if any:
     there is no unedited model to read any more."""
     probe = monitor.benign_probe_for(folded.applied())

@@ -23,7 +23,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from server.engine_choice import LOCAL_SEQS, VLLM_SEQS, check_engine, parse_arguments
+from server.engine_choice import LOCAL_SEQS, VLLM_SEQS, check_engine, parse_vllm_args
 from server.experiments.definitions import Experiment
 from server.logs import LogFormat
 from server.tool_parsers import ToolParserSetting
@@ -266,7 +266,7 @@ class Settings(BaseSettings):
     @field_validator("vllm_args", mode="before")
     @classmethod
     def _parse_arguments(cls, value: Any) -> Any:
-        return parse_arguments(value) if isinstance(value, str) else value
+        return parse_vllm_args(value) if isinstance(value, str) else value
 
     @field_validator("cors_origin")
     @classmethod
