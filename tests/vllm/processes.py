@@ -22,18 +22,13 @@ _READY = re.compile(r" serves \S+ at (\S+)/v1 ")
 
 class Server:
     """A server on a free port, and its log as it comes. Raises AssertionError with the log if it
-    does not start.
+    does not start."""
 
-    Args:
-        threads: environment that vLLM's CPU build is told its processor cores by.
-    """
-
-    def __init__(self, *arguments: object, threads: str | None = None) -> None:
+    def __init__(self, *arguments: object) -> None:
         environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("PILOTHOUSE_")},
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "OMP_NUM_THREADS": "1",
-            **({} if threads is None else {"VLLM_CPU_OMP_THREADS_BIND": threads}),
         }
         command = [sys.executable, "-u", "-m", "server.cli", "serve", "--port", "0"]
         self.process = subprocess.Popen(

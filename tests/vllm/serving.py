@@ -31,6 +31,11 @@ def save(family: str, folder: Path) -> LanguageModel:
     return load_model(str(folder))
 
 
+def never_ends(lm: LanguageModel) -> dict[int, float]:
+    """A bias that keeps a reply going to its length."""
+    return dict.fromkeys(lm.eos_token_ids, -100.0)
+
+
 def profiles_of(
     lm: LanguageModel, mixture: Mapping[str, Sequence[AppliedEdit]] = MIXTURE
 ) -> list[Profile]:

@@ -27,7 +27,7 @@ from steering.profile import IMPORTED, Profile, ProfileError
 from tests.server.engine.running import ask, collect, ids, prompt_of, stream_all
 from tests.server.engine.test_scores import make_monitor
 from tests.steering.edits import random_edit, random_gate
-from tests.vllm.serving import MIXTURE, alone, locally, profiles_of, save, serving
+from tests.vllm.serving import MIXTURE, alone, locally, never_ends, profiles_of, save, serving
 
 SPARE = Site.parse("3.attn_out")
 
@@ -217,8 +217,8 @@ def test_a_grammar_is_followed_by_edited_replies_too(engine: VllmEngine, lm: Lan
 
 def test_leaving_a_stream_frees_its_place_and_disturbs_nobody(engine: VllmEngine) -> None:
     endless = replace(REQUESTS[2], sampling=replace(REQUESTS[2].sampling, max_tokens=150))
-    bans = {token: -100.0 for token in engine.lm.eos_token_ids}
-    endless = replace(endless, sampling=replace(endless.sampling, logit_bias=bans))
+    bias = never_ends(engine.lm)
+    endless = replace(endless, sampling=replace(endless.sampling, logit_bias=bias))
     expected = [ids(reply) for reply in alone(engine, REQUESTS[:4])]
 
     async def run() -> list[list[int]]:
@@ -239,8 +239,7 @@ def test_leaving_a_stream_frees_its_place_and_disturbs_nobody(engine: VllmEngine
 
 
 def test_a_deadline_ends_requests_running_and_waiting(engine: VllmEngine) -> None:
-    bans = {token: -100.0 for token in engine.lm.eos_token_ids}
-    long = ask(prompt_of(8), max_tokens=240, logit_bias=bans)
+    long = ask(prompt_of(8), max_tokens=240, logit_bias=never_ends(engine.lm))
 
     async def run() -> list[object]:
         soon = replace(long, deadline=time.monotonic() + 0.3)
@@ -277,7 +276,7 @@ def test_profiles_come_and_go_without_a_new_compilation(
         engine.register(profile)
         took = time.monotonic() - before
         edits = [AppliedEdit(new, 0.8)]
-        assert reply(engine, edits) == [*map(int, reply_of(lm, edits))]
+        assert reply(engine, edits) == local_reply(lm, edits)
         assert took < 10
         engine.retain(profiles_of(lm))
         with pytest.raises(ValueError, match="not registered"):
@@ -285,7 +284,7 @@ def test_profiles_come_and_go_without_a_new_compilation(
     assert ids(stream_all(engine, [REQUESTS[2]])[0]) == ids(locally(lm, [REQUESTS[2]])[0])
 
 
-def reply_of(lm: LanguageModel, edits: list[AppliedEdit]) -> list[int]:
+def local_reply(lm: LanguageModel, edits: list[AppliedEdit]) -> list[int]:
     [tokens] = locally(lm, [ask(prompt_of(14), edits)])
     return ids(tokens)
 

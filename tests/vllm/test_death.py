@@ -17,7 +17,7 @@ import pytest
 from server.engine.base import EngineStoppedError
 from steering.models import LanguageModel
 from tests.server.engine.running import ask, prompt_of
-from tests.vllm.serving import MIXTURE, profiles_of, save, serving
+from tests.vllm.serving import MIXTURE, never_ends, profiles_of, save, serving
 
 
 def processes(name: str) -> list[int]:
@@ -56,8 +56,7 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 def test_requests_fail_at_once_and_health_is_gone(
     lm: LanguageModel, victim: str, meets: Callable[[int], None]
 ) -> None:
-    bans = {token: -100.0 for token in lm.eos_token_ids}
-    request = ask(prompt_of(8), MIXTURE["sublayers"], max_tokens=240, logit_bias=bans)
+    request = ask(prompt_of(8), MIXTURE["sublayers"], max_tokens=240, logit_bias=never_ends(lm))
     with serving(lm, Path(lm.name), profiles_of(lm), enforce_eager=True, max_num_seqs=2) as engine:
 
         async def interrupted() -> list[object]:

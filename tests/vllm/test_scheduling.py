@@ -13,7 +13,7 @@ from server.engine.vllm.engine import VllmEngine
 from steering.models import LanguageModel
 from tests.server.engine.running import ask, ids, prompt_of, stream_all
 from tests.server.engine.test_scores import make_monitor
-from tests.vllm.serving import MIXTURE, locally, profiles_of, save, serving
+from tests.vllm.serving import MIXTURE, locally, never_ends, profiles_of, save, serving
 
 BUDGET = 48
 BLOCK, BLOCKS = 32, 12
@@ -75,9 +75,8 @@ def test_a_prompt_too_long_to_be_read_whole_is_refused(engine: VllmEngine) -> No
 
 def test_preempted_requests_go_on_as_they_began(engine: VllmEngine, lm: LanguageModel) -> None:
     """They all fit when they begin, and need twice the memory before they end."""
-    bans = {token: -100.0 for token in lm.eos_token_ids}
     requests = [
-        ask(prompt_of(20 + i, i), edits, max_tokens=50, logit_bias=bans)
+        ask(prompt_of(20 + i, i), edits, max_tokens=50, logit_bias=never_ends(lm))
         for i, edits in enumerate(MIXTURE.values())
     ]
     assert max(len(request.prompt_ids) for request in requests) < BLOCK

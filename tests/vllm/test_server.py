@@ -19,6 +19,7 @@ from steering.profile import Profile
 from steering.weightless import load_without_weights
 from tests.server.test_demo import DEMO
 from tests.vllm.processes import Server, wait_until
+from tests.vllm.serving import never_ends
 
 pytest.importorskip("vllm")
 
@@ -76,7 +77,7 @@ def ask(server: Server, text: str, profile: str = "raw", **arguments: Any) -> An
     )
 
 
-def steps(server: Server, asked: list[tuple[str, str]]) -> list[Any]:
+def ask_all(server: Server, asked: list[tuple[str, str]]) -> list[Any]:
     """Replies to (prompt, profile), all under way at once."""
     with ThreadPoolExecutor(len(asked)) as pool:
         return list(pool.map(lambda pair: ask(server, *pair), asked))
@@ -89,7 +90,7 @@ def close_to(found: Any, wanted: Any) -> bool:
 def test_four_profiles_at_once_answer_as_on_the_local_engine(server: Server, local: Server) -> None:
     asked = [(text, name) for text in some_prompts(2) for name in NAMES]
     with ThreadPoolExecutor(2) as pool:
-        ours, theirs = pool.map(lambda one: steps(one, asked), (server, local))
+        ours, theirs = pool.map(lambda one: ask_all(one, asked), (server, local))
     assert len({reply.choices[0].message.content for reply in theirs}) > len(asked) // 3
     for (text, name), found, wanted in zip(asked, ours, theirs, strict=True):
         assert found.choices[0].message.content == wanted.choices[0].message.content, (text, name)
@@ -253,7 +254,7 @@ def test_an_experiment_splits_traffic_and_its_shadows_answer(server: Server) -> 
 
 def test_the_metrics_say_what_was_served(server: Server) -> None:
     before = {name: server.metric("steering_requests_total", profile=name) for name in NAMES}
-    steps(server, [(text, name) for text in some_prompts(1) for name in NAMES])
+    ask_all(server, [(text, name) for text in some_prompts(1) for name in NAMES])
     for name in NAMES:
         served = server.metric("steering_requests_total", profile=name) - before[name]
         assert served == 4
@@ -266,8 +267,7 @@ def test_the_metrics_say_what_was_served(server: Server) -> None:
 
 def endless(server: Server) -> Any:
     """A stream that goes on until it is left."""
-    ends = load_without_weights(str(DEMO / "model")).eos_token_ids
-    bias = {str(token): -100 for token in ends}
+    bias = never_ends(load_without_weights(str(DEMO / "model")))
     return ask(
         server, "How do I paint the boat?", "llm-va", stream=True, max_tokens=1500, logit_bias=bias,
     )  # fmt: skip

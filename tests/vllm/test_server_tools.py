@@ -1,4 +1,4 @@
-"""A server whose vLLM dies, on a model whose template knows tools."""
+"""A server on a model whose template knows tools; at last, its vLLM dies."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from steering.weightless import load_without_weights
 from tests.server.templates import HERMES
 from tests.server.test_tools import WEATHER
 from tests.vllm.processes import Server, wait_until
+from tests.vllm.serving import never_ends
 
 pytest.importorskip("vllm")
 
@@ -43,12 +44,6 @@ def ask(server: Server, content: str, **arguments: Any) -> Any:
         messages=[{"role": "user", "content": content}],
         **{"temperature": 0, "max_tokens": 300, **arguments},
     )
-
-
-def ends() -> dict[str, int]:
-    """A bias that keeps the model from ending its reply."""
-    tokens = load_without_weights(str(DEMO / "model")).eos_token_ids
-    return {str(token): -100 for token in tokens}
 
 
 PAINT: dict[str, Any] = {
@@ -104,10 +99,11 @@ def test_profiles_of_the_demo_do_not_fit_a_model_with_another_template(server: S
 
 def test_when_vllm_dies_requests_fail_at_once_and_health_says_so(server: Server) -> None:
     """Keep it last: there is no server after it."""
+    bias = never_ends(load_without_weights(str(DEMO / "model")))
 
     def run(_: int) -> float:
         with pytest.raises(openai.APIError):
-            list(ask(server, "Go on.", max_tokens=1800, stream=True, logit_bias=ends()))
+            list(ask(server, "Go on.", max_tokens=1800, stream=True, logit_bias=bias))
         return time.monotonic()
 
     with ThreadPoolExecutor(4) as pool:
