@@ -6,7 +6,7 @@ before: which tokens belong to which edits (`TokenInputs`, written before each s
 themselves (a `SiteProgram`'s columns, written when profiles are registered), and what is read.
 
     x      = h + residual                          the state, float32
-    inner  = x @ read + constant                   [T, C], one column per rank and one per shift
+    inner  = x @ read.T + constant                 [T, C], one column per rank and one per shift
     amount = coefficient[slot] * gate              [T, C], 0 where a token has no such edit
     h'     = h + (inner * amount) @ write
 
@@ -14,8 +14,8 @@ A *slot* is a row of coefficients, one per column, that any number of tokens sha
 three of them (its first token, the rest of its prompt, its reply), which is how phases and
 strengths come in. Slot 0 is all zeros, and a token that points at it is not changed.
 
-Shapes: T tokens of the step, D hidden size, C columns, S slots, K gates, N latches
-(places that hold one request's gates over its prompt).
+Shapes: T tokens of the step, D hidden size, C columns, S slots, K gates, N latches (places that
+hold one request's gates over its prompt).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from steering.edit import Gate
 
@@ -103,7 +104,7 @@ class SiteProgram(nn.Module):
             edits may use; its own come last.
 
     Buffers:
-        read, write: `[D, C]`, `[C, D]`.
+        read, write: `[C, D]`, a row per column: few columns are read twice as fast so.
         constant: `[C]`, added to what is read: 1 in a shift's column, which reads nothing.
         gate_of_column: `[C]`, 0 for no gate, else 1 + its place among the gates of the sources.
         gate_column: `[K]`, the column that reads it.
@@ -158,7 +159,7 @@ class SiteProgram(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
         self.register_buffer("coefficient", coefficient, persistent=False)
-        buffer("read", hidden_size, self.columns)
+        buffer("read", self.columns, hidden_size)
         buffer("write", self.columns, hidden_size)
         buffer("constant", self.columns)
         buffer("gate_of_column", self.columns, dtype=torch.long)
@@ -185,10 +186,13 @@ class SiteProgram(nn.Module):
         if needs.nothing:
             return h
         if self.columns:
-            x = h.float() if residual is None else h.float() + residual.float()
-            edited, change = self._edit(h, x, count)
+            x = _state(h, residual)
+            change = self._change(x, count)
             if needs.readings:
                 self.norm[:count] = change.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
+            # In place, as in `_state`: where this runs eagerly, what costs most in a long prompt is
+            # the fresh memory of each intermediate result.
+            edited = change.add_(h).to(h.dtype)
             if needs.watched:
                 watch = self.inputs.watch
                 self.watched[:, 0] = x.index_select(0, watch)
@@ -196,12 +200,11 @@ class SiteProgram(nn.Module):
                 self.watched[:, 2] = edited.index_select(0, watch).float()
             h = edited
         if self.probes and needs.readings:
-            x = h.float() if residual is None else h.float() + residual.float()
-            self.probed[:count] = x @ self.probe
+            self.probed[:count] = _state(h, residual) @ self.probe
         return h
 
-    def _edit(self, h: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        inner = x @ self.read
+    def _change(self, x: Tensor, count: int) -> Tensor:
+        inner = linear(x, self.read)
         if self.gates:
             self.gate[:count] = self._gates(inner, count)
         coefficient = self.coefficient.index_select(0, self.inputs.slot[:count])
@@ -211,8 +214,7 @@ class SiteProgram(nn.Module):
             amount = amount * torch.cat(table, dim=1).index_select(1, self.gate_of_column)
         # Not a product with 0: one profile's overflow is no other request's trouble.
         scaled = torch.where(coefficient == 0, 0.0, (inner + self.constant) * amount)
-        change = scaled @ self.write
-        return (h.float() + change).to(h.dtype), change
+        return scaled @ self.write
 
     def _gates(self, inner: Tensor, count: int) -> Tensor:
         """Values `[T, K]` of this site's gates."""
@@ -244,12 +246,12 @@ class SiteProgram(nn.Module):
         self, columns: Sequence[int], read: Tensor, write: Tensor, shift: Tensor | None = None
     ) -> None:
         """Write an edit's `[D, r]` matrices into its columns, and a shift `[D]` into the last."""
-        linear = list(columns[: read.shape[1]])
-        self.read[:, linear] = read.to(self.read)
-        self.write[linear] = write.mT.to(self.write)
-        self.constant[linear] = 0.0
+        ranks = list(columns[: read.shape[1]])
+        self.read[ranks] = read.mT.to(self.read)
+        self.write[ranks] = write.mT.to(self.write)
+        self.constant[ranks] = 0.0
         if shift is not None:
-            self.read[:, columns[-1]] = 0.0
+            self.read[columns[-1]] = 0.0
             self.write[columns[-1]] = shift.to(self.write)
             self.constant[columns[-1]] = 1.0
 
@@ -278,3 +280,9 @@ class SiteProgram(nn.Module):
                 return at
             at += program.gates
         raise AssertionError("an edit's gate is read at or before its site")
+
+
+def _state(h: Tensor, residual: Tensor | None) -> Tensor:
+    """`[T, D]` in float32, a tensor of its own."""
+    x = h.to(torch.float32, copy=True)
+    return x if residual is None else x.add_(residual)

@@ -243,9 +243,9 @@ def test_eager_steps_leave_out_what_nobody_needs_and_graphs_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ran: list[SiteProgram] = []
-    edit = SiteProgram._edit
+    edit = SiteProgram._change
     monkeypatch.setattr(
-        SiteProgram, "_edit", lambda self, *args: ran.append(self) or edit(self, *args)
+        SiteProgram, "_change", lambda self, *args: ran.append(self) or edit(self, *args)
     )
     edits = MIXTURE["sublayers"]
     for eager in (True, False):
