@@ -196,7 +196,7 @@ def main() -> None:
     paired = bench_collecting(qwen, count, 2048, batches)
     what = f"states after 24 blocks, {count:,} prompts of 12-20, vs bare (0.5B)"
     table.add(what, paired, "collect", "bare", 0.9)
-    bench_solving(table, qwen, sum(paired.processor["collect"]) / count, count)
+    bench_solving(table, qwen, sum(paired.seconds["collect"]) / count, count)
     del qwen
     bench_memory(table, (250, 1000))
     methods: dict[str, Any] = {name: m for name, m in discover().items() if name != "raw"}

@@ -11,21 +11,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Paired:
-    """Seconds of each arm by round; round `i` of every arm ran side by side.
+    """Times of each arm by round; round `i` of every arm ran side by side.
 
-    Processor seconds of the whole process are what arms are compared by: with one thread and
-    nothing to wait for they are the wall clock of an idle machine, whatever else runs on this one.
+    Args:
+        seconds: what arms are compared by. Processor seconds of the whole process: with one thread
+            and nothing to wait for they are the wall clock of an idle machine, whatever else runs
+            on this one. After `by_wall`, the wall clock.
     """
 
-    processor: Mapping[str, list[float]]
+    seconds: Mapping[str, list[float]]
     wall: Mapping[str, list[float]]
 
     def median(self, arm: str) -> float:
-        return statistics.median(self.processor[arm])
+        return statistics.median(self.seconds[arm])
 
     def speeds(self, arm: str, baseline: str) -> list[float]:
         """How many times as fast as the baseline the arm was, by round, sorted."""
-        pairs = zip(self.processor[baseline], self.processor[arm], strict=True)
+        pairs = zip(self.seconds[baseline], self.seconds[arm], strict=True)
         return sorted(b / a for b, a in pairs)
 
     def by_wall(self) -> Paired:
@@ -42,32 +44,28 @@ def measure(
     rounds: int,
     *,
     warmup: int = 1,
-    clock: Callable[[], float] = time.process_time,
 ) -> Paired:
-    """Time every arm in every round. The order turns, so that no arm always comes first.
-
-    `clock` tells processor seconds; one of several processes where the work is done by several.
-    """
+    """Time every arm in every round. The order turns, so that no arm always comes first."""
     names = list(arms)
-    processor: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     wall: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
     for i in range(-warmup, rounds):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
-            start, start_wall = clock(), time.perf_counter()
+            start, start_wall = time.process_time(), time.perf_counter()
             arms[name]()
             if i >= 0:
-                processor[name].append(clock() - start)
+                seconds[name].append(time.process_time() - start)
                 wall[name].append(time.perf_counter() - start_wall)
-    return Paired(processor, wall)
+    return Paired(seconds, wall)
 
 
 class Table:
     """Results, printed as they come."""
 
     def __init__(self) -> None:
-        self.note(f"{'':66} speed  [quartiles]     wall    processor time       rounds")
+        self.note(f"{'':66} speed  [quartiles]     wall    time                 rounds")
 
     def add(
         self, what: str, paired: Paired, arm: str, baseline: str, target: float | None = None
