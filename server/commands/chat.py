@@ -193,16 +193,15 @@ class Session:
         while True:
             try:
                 line = input("\n> " if self._interactive else "").strip()
+                if line in ("/quit", "/exit"):
+                    raise EOFError
+                whole = self._obey(line) and whole
             except EOFError:
                 return 0 if whole or self._interactive else 1
             except KeyboardInterrupt:
                 if not self._interactive:
                     raise
-                continue  # meant for replies that ended a moment before, or for the line
-            if line in ("/quit", "/exit"):
-                return 0 if whole or self._interactive else 1
-            try:
-                whole = self._obey(line) and whole
+                # Meant for replies that ended a moment before, or for the line.
             except ValueError as error:
                 whole = False
                 print(f"error: {error}", file=sys.stderr, flush=True)
