@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from server.engine.vllm.program import SiteProgram
@@ -78,6 +79,13 @@ def _check_residual(block: nn.Module) -> None:
         raise ValueError(
             f"{type(block).__name__} does not leave the residual to the next block, so that vLLM "
             "cannot be made to steer it; use --engine local"
+        )
+    # DeepSeek's way to keep float16 from overflowing: from there on, all states are smaller.
+    half = any(parameter.dtype == torch.float16 for parameter in block.parameters())
+    if half and re.search(r"\bresidual \*=", source):
+        raise ValueError(
+            f"{type(block).__name__} scales the residual stream in float16, so that edits and "
+            "probes would meet other states than they were fitted on; use --dtype bfloat16"
         )
 
 

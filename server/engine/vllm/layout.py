@@ -16,7 +16,7 @@ from typing import Any
 from steering.edit import Edit, Gate, Site
 from steering.monitor import Monitor, Probe
 
-PROGRAM_VERSION = 2
+PROGRAM_VERSION = 3
 """Raise it with every change of `program.py`: compiled graphs of another one must not be used."""
 CONFIG_KEY = "steering"
 """Where the layout is in vLLM's `additional_config`, which is part of its compile cache's key."""

@@ -53,14 +53,20 @@ _REFUSED = {
     "ubatch_size": "a hook cannot tell which part of a step it is in",
     "decode_context_parallel_size": "every worker needs all tokens of a step",
     "prefill_context_parallel_size": "every worker needs all tokens of a step",
+    "enable_expert_parallel": "its kernels may divide a step's tokens among the workers",
+    "enable_batch_sharded_sampling": "each worker would see the logits of some requests only",
     "kv_sharing_fast_prefill": "prompts would skip blocks that edit and read them",
     "data_parallel_external_lb": "one server owns all its replicas; run several behind a balancer",
     "data_parallel_hybrid_lb": "one server owns all its replicas; run several behind a balancer",
 }
 """Engine arguments that would break steering, and why."""
 
-_OFF = (None, False, 0, 1, "raw_logprobs")
-"""Values with which they would not; True, which equals 1, is checked apart."""
+
+def _is_off(name: str, value: Any) -> bool:
+    """Whether it would not, with this value."""
+    if name.endswith("_size") and type(value) is int:
+        return value in (0, 1)
+    return value in (None, False, 0, "raw_logprobs")
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class VllmOptions:
             raise ValueError(f"--enforce-eager rules out the compilation mode {self.compilation}")
         for name, reason in _REFUSED.items():
             # Off is off: only what would take effect is refused.
-            if (value := self.engine_args.get(name)) is True or value not in _OFF:
+            if not _is_off(name, self.engine_args.get(name)):
                 raise ValueError(f"the vLLM argument {name} cannot be used here: {reason}")
         self._check_types()
         passes = self.compilation_config.get("pass_config") or {}

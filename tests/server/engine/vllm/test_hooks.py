@@ -49,6 +49,18 @@ class Adding(Block):
         return residual + self.mlp(hidden_states), residual
 
 
+class Scaling(Block):
+    """As DeepSeek-V2's, in float16."""
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        residual = hidden_states if residual is None else hidden_states + residual
+        if residual.dtype == torch.float16:
+            residual *= 0.5
+        return self.mlp(residual), residual
+
+
 class Experts(Block):
     """As Mixtral's: no `mlp`."""
 
@@ -110,3 +122,9 @@ def test_a_block_with_unknown_sublayers_is_edited_beside_them_only() -> None:
     torch.testing.assert_close(added(block), before + 1)
     with pytest.raises(ValueError, match="Experts has no self_attn and mlp"):
         attach(Experts(FakeModel()), shifting("mlp_out"))
+
+
+def test_a_block_that_scales_the_stream_in_float16_is_refused_there_only() -> None:
+    attach(Scaling(FakeModel()), shifting("resid_post"))
+    with pytest.raises(ValueError, match="--dtype bfloat16"):
+        attach(Scaling(FakeModel()).half(), shifting("resid_post"))

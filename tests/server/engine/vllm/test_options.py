@@ -17,6 +17,9 @@ from server.engine.vllm.options import VllmOptions
         ("additional_config", {"x": 1}),
         ("enable_lora", True),
         ("enable_dbo", True),
+        ("enable_dbo", 1),
+        ("kv_sharing_fast_prefill", 1),
+        ("enable_expert_parallel", True),
         ("logprobs_mode", "processed_logprobs"),
         ("decode_context_parallel_size", 2),
     ],
@@ -27,7 +30,7 @@ def test_arguments_that_break_steering_are_refused_with_the_reason(name: str, va
 
 
 def test_arguments_that_change_nothing_pass() -> None:
-    args = {"speculative_config": None, "enable_lora": False, "seed": 3, "ubatch_size": 0}
+    args = {"speculative_config": None, "enable_lora": False, "seed": 3, "ubatch_size": 1}
     assert VllmOptions("m", engine_args=args).engine_args == args
 
 
