@@ -1,7 +1,9 @@
-"""A server that is ended while vLLM starts, which may take minutes, ends at once."""
+"""A server that is ended leaves nothing of vLLM, be it while vLLM starts, which may take minutes,
+or by a signal that it cannot hear."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.vllm.processes import ROOT, wait_until
+from tests.vllm.processes import ROOT, Server, wait_until
 
 pytest.importorskip("vllm")
 
@@ -46,3 +48,29 @@ def test_a_server_ends_while_vllm_loads_and_nothing_stays(
     assert len(children) >= 2
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive, f"processes are left: {alive}"
+
+
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.matrix)])
+def test_a_server_that_is_killed_takes_vllm_with_it(replicas: int) -> None:
+    server = Server(
+        "--engine", "vllm", "--enforce-eager", "--max-num-seqs", 2,
+        "--data-parallel-size", replicas,
+    )  # fmt: skip
+    children = server.children
+    assert len([p for p in children if "EngineCore" in " ".join(p.cmdline())]) == replicas
+    server.process.kill()
+    try:
+        wait_until(lambda: all(map(has_ended, children)), seconds=20)
+    finally:
+        for process in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        server.close()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether it runs no more; in a container, nobody may clear an orphan away."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

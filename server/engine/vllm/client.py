@@ -77,6 +77,9 @@ class Client:
         self._receiver = Receiver(self._inbox.take, get_ip() if spread else None)
         self._llm = AsyncLLM.from_engine_args(args)
         await self._call("steering_connect", self._receiver.address, self._receiver.word)
+        if not spread:
+            started = [core.pid for core in multiprocessing.active_children()]
+            await self._call("steering_end_with", os.getpid(), started)
         await self._call("steering_put_probes", pack_tensors(self._probe_directions()))
 
     def _engine_args(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from server.engine.vllm.hooks import decoder_layers
 from server.engine.vllm.layout import CONFIG_KEY, Layout
+from server.engine.vllm.lifeline import end_with
 from server.engine.vllm.reports import Sender
 from server.engine.vllm.runner import steer
 from server.engine.vllm.steerer import Steerer
@@ -52,6 +53,9 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
     def steering_connect(self, address: str, word: str) -> None:
         """Send reports there."""
         self.steerer.send = Sender(address, word)
+
+    def steering_end_with(self, server: int, processes: list[int]) -> None:
+        end_with(server, processes)
 
     def steering_put_probes(self, data: bytes) -> None:
         self.steerer.put_probes(data)
