@@ -18,6 +18,7 @@ from server.engine.base import (
     RankLimitError,
 )
 from server.engine.vllm.engine import VllmEngine
+from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.wire import RequestEdits
 from server.grammar import GrammarCompiler
 from steering.edit import AppliedEdit, Edit, Site
@@ -297,6 +298,13 @@ def test_registering_stays_within_the_columns_there_are(
     for edit, flag in ((wide, "--max-site-rank"), (elsewhere, "--steer-site 2.attn_out")):
         with pytest.raises(RankLimitError, match=flag):
             engine.register(Profile("new", IMPORTED, (edit,), lm.fingerprint))
+
+
+def test_profiles_that_do_not_fit_are_refused_before_vllm_starts(lm: LanguageModel) -> None:
+    profile = Profile("wide", IMPORTED, (random_edit("1.resid_post", 9),), lm.fingerprint)
+    options = VllmOptions(lm.name, max_site_rank=8)
+    with pytest.raises(ValueError, match=r"^profile wide: 10 more columns .*--max-site-rank"):
+        VllmEngine(lm, options, profiles=[profile])
 
 
 def test_a_profile_that_breaks_the_model_is_not_registered(

@@ -124,3 +124,18 @@ def test_unknown_arguments_of_vllm_are_named(lm: LanguageModel) -> None:
     options = VllmOptions(lm.name, engine_args={"no_such_thing": 3})
     with pytest.raises(ValueError, match="no_such_thing"):
         VllmEngine(lm, options).start()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"runner": None}, r"'runner' should be 'auto', .* \(got null\)$"),
+        ({"block_size": "wide"}, r"'block_size' should be a valid integer"),
+    ],
+)
+def test_what_vllm_refuses_is_told_in_a_line(
+    lm: LanguageModel, given: dict[str, Any], told: str
+) -> None:
+    options = VllmOptions(lm.name, engine_args=given)
+    with pytest.raises(ValueError, match=f"^vLLM refuses its arguments: {told}"):
+        VllmEngine(lm, options).start()

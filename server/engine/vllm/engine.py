@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.engine.base import (
@@ -40,11 +41,12 @@ from server.engine.stream import Courier, TokenStream
 from server.engine.vllm.arrivals import AlertOutbox, Arrival
 from server.engine.vllm.client import Client
 from server.engine.vllm.columns import Columns
-from server.engine.vllm.layout import plan_layout
+from server.engine.vllm.layout import Layout, plan_layout
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.replies import Replies
 from server.engine.vllm.selftest import check_profile
 from server.engine.vllm.wire import RequestEdits
+from server.validation import describe, field_path
 from steering.edit import AppliedEdit, Edit, effective_edits
 from steering.models import LanguageModel
 from steering.monitor import Monitor
@@ -70,7 +72,8 @@ class VllmEngine:
         profiles: to be served from the start; their sites are those that can be edited.
         monitor: what to read of every prompt; without one, scores are None.
 
-    Raises ValueError for options that make no sense.
+    Raises ValueError for options that make no sense, and for profiles that together need more
+    columns at a site than `max_site_rank`.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class VllmEngine:
             more=options.sites,
             max_num_seqs=options.max_num_seqs,
         )
+        _check_room(self.layout, self.profiles)  # before vLLM loads, which takes a while
         self._columns = Columns(self.layout)
         vocabulary = lm.model.get_input_embeddings().num_embeddings
         self._limits = RequestLimits(self._max_model_len, unsplit, vocabulary)
@@ -135,8 +139,8 @@ class VllmEngine:
     def start(self) -> None:
         """Start vLLM's processes, load and compile, and test every profile on the result.
 
-        Raises ValueError for what vLLM cannot serve and for profiles that together need more
-        columns at a site than `max_site_rank`, ProfileError for one that vLLM does not apply.
+        Raises ValueError for what vLLM cannot serve, ProfileError for a profile that it does not
+        apply.
         """
         if self._thread is not None:
             raise RuntimeError("the engine was started already")
@@ -389,10 +393,23 @@ class VllmEngine:
             self._end(arrival, error)
 
 
+def _check_room(layout: Layout, profiles: Iterable[Profile]) -> None:
+    """Raise ValueError if these profiles do not all fit."""
+    columns = Columns(layout)
+    for profile in profiles:
+        try:
+            columns.place(profile.edits)
+        except RankLimitError as error:
+            raise ValueError(f"profile {profile.name}: {error}") from None
+
+
 def _start_error(error: BaseException) -> BaseException:
     """What to tell of a start that failed: vLLM's processes say why only in their logs."""
-    if isinstance(error, RankLimitError | NotImplementedError):
+    if isinstance(error, NotImplementedError):
         return ValueError(str(error))
+    if isinstance(error, ValidationError):
+        told = "; ".join(describe(each, field_path(each["loc"])) for each in error.errors())
+        return ValueError(f"vLLM refuses its arguments: {told}")
     if isinstance(error, ValueError):
         return error
     return ValueError(
