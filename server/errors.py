@@ -38,7 +38,7 @@ from server.engine.base import (
     PromptTooLongError,
     QueueFullError,
 )
-from server.validation import describe, field_path
+from server.validation import describe, field_path, telling
 
 MAX_REPORTED = 10
 
@@ -249,6 +249,7 @@ def _respond(status: int, body: dict[str, Any], headers: Mapping[str, str] | Non
 
 
 def _from_validation(errors: Sequence[Mapping[str, Any]]) -> InvalidRequestError:
+    errors = telling(errors)
     first = errors[0]
     path = field_path(first["loc"][1:])
     if first["type"] == "json_invalid":

@@ -33,6 +33,7 @@ from server.validation import (
     describe,
     field_path,
     parse_template_kwargs,
+    telling,
 )
 
 ENV_PREFIX = "PILOTHOUSE_"
@@ -322,7 +323,7 @@ def load_settings(flags: dict[str, Any] | None = None) -> Settings:
     try:
         return Settings(**(flags or {}))
     except ValidationError as error:
-        raise SettingsError("; ".join(map(_explain, error.errors()))) from None
+        raise SettingsError("; ".join(map(_explain, telling(error.errors())))) from None
 
 
 def flag(name: str) -> str:

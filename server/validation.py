@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -40,12 +40,24 @@ def field_path(location: Iterable[str | int]) -> str:
     return path
 
 
+def telling(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """pydantic's errors without those that follow from others: a list is too short for it where its
+    items are wrong."""
+    places = [tuple(error["loc"]) for error in errors]
+    around = {place[:n] for place in places for n in range(len(place))}
+    return [
+        error
+        for error, place in zip(errors, places, strict=True)
+        if not (error["type"] == "too_short" and place in around)
+    ]
+
+
 def describe(error: Mapping[str, Any], path: str) -> str:
     """One error of pydantic's in words that say what to do."""
     kind, message, given = error["type"], str(error["msg"]), error.get("input")
     if kind == "missing":
         return f"{path!r} is required"
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{path!r} is not a key that is known here; remove it or check its spelling"
     if kind == "too_short":
         least = error["ctx"]["min_length"]
