@@ -35,6 +35,7 @@ from server.engine.base import (
     DeadlineExceededError,
     EngineError,
     EngineStoppedError,
+    ProfileRemovedError,
     PromptTooLongError,
     QueueFullError,
 )
@@ -221,6 +222,13 @@ def from_engine(error: EngineError) -> ApiError:
     if isinstance(error, QueueFullError):
         return OverloadedError(
             f"The server is busy: {error}. Try again in a moment.", headers={"Retry-After": "1"}
+        )
+    if isinstance(error, ProfileRemovedError):
+        return NotFoundError(
+            "A profile of this request was removed before its prompt was ready. See "
+            "GET /v1/steering/profiles for those there are.",
+            param="steering.profile",
+            code="model_not_found",
         )
     if isinstance(error, EngineStoppedError):
         return UnavailableError(f"The engine cannot take requests: {error}.")

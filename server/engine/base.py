@@ -55,6 +55,10 @@ class RankLimitError(EngineError):
     """A profile has more rank at a site than the engine has room for there."""
 
 
+class ProfileRemovedError(EngineError):
+    """An edit of the request is not registered, or not any more. Raised before admission."""
+
+
 class SamplingError(ValueError):
     """A sampling parameter that has no meaning.
 

@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from server.engine.base import (
     EngineStoppedError,
+    ProfileRemovedError,
     PromptTooLongError,
     QueueFullError,
     StepFailedError,
@@ -275,6 +276,7 @@ def test_a_failure_before_the_answer_is_a_status() -> None:
         (EngineStoppedError("the engine is not running"), 503, "engine_stopped"),
         (PromptTooLongError("too long"), 400, "context_length_exceeded"),
         (StepFailedError("/secret/path"), 500, "internal_error"),
+        (ProfileRemovedError("0.mlp_out"), 404, "model_not_found"),
     ):
         for stream in (False, True):
             response = post(host=make_host(FakeEngine(error=error)), stream=stream)

@@ -14,6 +14,7 @@ import torch
 from server.engine.base import (
     DeadlineExceededError,
     Engine,
+    ProfileRemovedError,
     QueueFullError,
     RankLimitError,
 )
@@ -280,7 +281,7 @@ def test_profiles_come_and_go_without_a_new_compilation(
         assert reply(engine, edits) == local_reply(lm, edits)
         assert took < 10
         engine.retain(profiles_of(lm))
-        with pytest.raises(ValueError, match="not registered"):
+        with pytest.raises(ProfileRemovedError, match="not registered"):
             reply(engine, edits)
     assert ids(stream_all(engine, [REQUESTS[2]])[0]) == ids(locally(lm, [REQUESTS[2]])[0])
 
@@ -314,7 +315,7 @@ def test_a_profile_that_breaks_the_model_is_not_registered(
     broken = Edit(SPARE, huge, huge, torch.zeros(64))
     with pytest.raises(ProfileError, match="fails its self-test"):
         engine.register(Profile("broken", IMPORTED, (broken,), lm.fingerprint))
-    with pytest.raises(ValueError, match="not registered"):
+    with pytest.raises(ProfileRemovedError, match="not registered"):
         reply(engine, [AppliedEdit(broken)])
     assert engine.healthy()
 
@@ -344,5 +345,5 @@ def test_a_deleted_profile_stays_for_those_it_is_answering(
 
 def test_an_unregistered_edit_is_refused(engine: VllmEngine) -> None:
     request = ask(prompt_of(2), [AppliedEdit(random_edit("0.attn_out"))])
-    with pytest.raises(ValueError, match="not registered"):
+    with pytest.raises(ProfileRemovedError, match="not registered"):
         engine.check(request)

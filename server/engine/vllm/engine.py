@@ -31,6 +31,7 @@ from server.engine.base import (
     EngineStats,
     EngineStoppedError,
     EngineToken,
+    ProfileRemovedError,
     RankLimitError,
     StepFailedError,
 )
@@ -357,15 +358,14 @@ class VllmEngine:
                 raise
 
     def _find_all(self, edits: Iterable[AppliedEdit]) -> RequestEdits:
-        """Where these edits are; call it under the lock. Raises ValueError for one that is not
-        registered."""
+        """Where these edits are; call it under the lock. Raises ProfileRemovedError."""
         applied = tuple(a for a in effective_edits(edits) if a.edit.rank + a.edit.has_shift)
         return RequestEdits(applied, tuple(map(self._find, (a.edit for a in applied))))
 
     def _find(self, edit: Edit) -> Any:
         placed = self._columns.find(edit)
         if placed is None:
-            raise ValueError(f"the edit at {edit.site} is not registered with this engine")
+            raise ProfileRemovedError(f"the edit at {edit.site} is not registered with this engine")
         return placed
 
     async def _serve(self, arrival: Arrival) -> None:
