@@ -47,37 +47,40 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 @pytest.mark.parametrize(
-    ("victim", "meets"),
+    ("victim", "meets", "workers"),
     [
-        ("EngineCore", killed),
-        pytest.param("Worker", killed, marks=pytest.mark.matrix),
-        ("Worker", out_of_memory),
+        ("EngineCore", killed, 1),
+        # vLLM waits for the other worker, ten seconds long, before it says that one has died.
+        ("Worker", killed, 2),
+        ("Worker", out_of_memory, 1),
     ],
 )
 def test_requests_fail_at_once_and_health_is_gone(
-    lm: LanguageModel, victim: str, meets: Callable[[int], None]
+    lm: LanguageModel, victim: str, meets: Callable[[int], None], workers: int
 ) -> None:
     # The last two wait, and need memory: kernels for prompts of their lengths are not there yet.
     requests = [
         ask(prompt_of(n), MIXTURE["sublayers"], max_tokens=240 - n, logit_bias=never_ends(lm))
         for n in (8, 8, 77, 131)
     ]
-    with serving(lm, Path(lm.name), profiles_of(lm), enforce_eager=True, max_num_seqs=2) as engine:
+    with serving(
+        lm, Path(lm.name), profiles_of(lm), enforce_eager=True, max_num_seqs=2,
+        tensor_parallel_size=workers, cores="0|1" if workers == 2 else "auto",
+    ) as engine:  # fmt: skip
 
         async def interrupted() -> list[object]:
             streams = engine.generate_all(requests)
             await anext(streams[0])
             victims = processes(victim)
-            assert victims
-            for pid in victims:
-                meets(pid)
+            assert len(victims) >= workers
+            meets(max(victims))  # the latest: others may be of engines before this one
             begun = time.monotonic()
 
             async def drain(stream: AsyncIterator[EngineToken]) -> int:
                 return len([token async for token in stream])
 
             ends = await asyncio.gather(*map(drain, streams), return_exceptions=True)
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - begun < 5
             return list(ends)
 
         ends = asyncio.run(interrupted())

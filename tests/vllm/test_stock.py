@@ -131,6 +131,7 @@ def test_unknown_arguments_of_vllm_are_named(lm: LanguageModel) -> None:
     [
         ({"runner": None}, r"'runner' should be 'auto', .* \(got null\)$"),
         ({"block_size": "wide"}, r"'block_size' should be a valid integer"),
+        ({"compilation_config": {"nope": 1}}, "'nope' is not a key"),
     ],
 )
 def test_what_vllm_refuses_is_told_in_a_line(

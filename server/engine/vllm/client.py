@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from server.engine.base import (
 )
 from server.engine.vllm.columns import PlacedEdit
 from server.engine.vllm.layout import CONFIG_KEY, Layout, probes_of
+from server.engine.vllm.lifeline import when_one_ends
 from server.engine.vllm.options import VllmOptions
 from server.engine.vllm.readings import Inbox, Readings
 from server.engine.vllm.release import check_version
@@ -61,6 +62,8 @@ class Client:
         self._inbox = Inbox(options.pipeline_parallel_size)
         self._receiver: Receiver | None = None
         self._llm: AsyncLLM | None = None
+        self._broken = False
+        self._stop_watching: Callable[[], None] = lambda: None
 
     async def start(self) -> None:
         """Start vLLM. Raises ValueError for arguments that it refuses; other errors of its start
@@ -79,7 +82,9 @@ class Client:
         await self._call("steering_connect", self._receiver.address, self._receiver.word)
         if not spread:
             started = [core.pid for core in multiprocessing.active_children()]
-            await self._call("steering_end_with", os.getpid(), started)
+            workers = await self._call("steering_end_with", os.getpid(), started)
+            # vLLM says that one has died when the others have ended, ten seconds later.
+            self._stop_watching = when_one_ends(workers, self._worker_ended)
         await self._call("steering_put_probes", pack_tensors(self._probe_directions()))
 
     def _engine_args(self) -> dict[str, Any]:
@@ -117,7 +122,10 @@ class Client:
 
     @property
     def alive(self) -> bool:
-        return self._llm is not None and not self._llm.errored
+        return self._llm is not None and not self._broken and not self._llm.errored
+
+    def _worker_ended(self) -> None:
+        self._broken = True
 
     async def put_edits(self, placed: Sequence[PlacedEdit], drop: Sequence[int]) -> None:
         """Have every worker write these edits. Raises ValueError if one cannot."""
@@ -216,6 +224,7 @@ class Client:
 
     def close(self) -> None:
         llm, self._llm = self._llm, None
+        self._stop_watching()
         try:
             if llm is not None:
                 llm.shutdown()

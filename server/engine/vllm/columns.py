@@ -174,7 +174,7 @@ class Columns:
         if width > len(free):
             raise RankLimitError(
                 f"{width} more columns are needed at {site}, where {len(free)} of "
-                f"{self.layout.columns} are free: delete a profile, or start the server with a "
+                f"{self.layout.columns} are free: serve fewer profiles, or start the server with a "
                 "larger --max-site-rank"
             )
         columns = tuple(sorted(free)[:width])

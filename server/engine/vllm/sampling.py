@@ -9,7 +9,13 @@ from typing import Any
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from server.engine.base import EngineRequest, EngineToken, FinishReason, StepFailedError
+from server.engine.base import (
+    EngineRequest,
+    EngineStoppedError,
+    EngineToken,
+    FinishReason,
+    StepFailedError,
+)
 from server.engine.sampling import is_greedy
 from server.engine.vllm.wire import ARGUMENT, RowSteering
 
@@ -50,10 +56,13 @@ def sampling_params(
 def tokens_of(output: CompletionOutput, top: int) -> Iterator[EngineToken]:
     """The tokens that vLLM has chosen since the last output, without scores.
 
-    Raises StepFailedError where the model's values are not finite, or vLLM gave up.
+    Raises StepFailedError where the model's values are not finite, or vLLM gave up;
+    EngineStoppedError where it aborted what nobody asked it to, as it does when it goes down.
     """
     finish: FinishReason | None = None
     if output.finish_reason is not None:
+        if output.finish_reason == "abort":
+            raise EngineStoppedError("vLLM has stopped")
         if output.finish_reason not in ("stop", "length"):
             raise StepFailedError(f"vLLM ended the request: {output.finish_reason}")
         finish = "stop" if output.finish_reason == "stop" else "length"

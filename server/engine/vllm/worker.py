@@ -6,6 +6,7 @@ anything, and the model runner is made to tell what it does (`runner`).
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
@@ -54,8 +55,10 @@ class SteeringWorker(PlatformWorker):  # type: ignore[misc]
         """Send reports there."""
         self.steerer.send = Sender(address, word)
 
-    def steering_end_with(self, server: int, processes: list[int]) -> None:
+    def steering_end_with(self, server: int, processes: list[int]) -> int:
+        """Returns this process's id."""
         end_with(server, processes)
+        return os.getpid()
 
     def steering_put_probes(self, data: bytes) -> None:
         self.steerer.put_probes(data)
