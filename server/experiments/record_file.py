@@ -57,10 +57,10 @@ def read_definition(path: Path, records: Sequence[AnswerRecord]) -> Experiment:
         experiments = [Experiment.model_validate(each) for each in found]
     except ValidationError as error:
         raise ValueError(f"{path}: {_told(error)}") from None
-    if len(experiments) == 1:
-        return experiments[0]
     seen = {(record.experiment, record.version) for record in records}
     mine = [each for each in experiments if (each.name, each.version) in seen]
+    if len(experiments) == 1 and not seen:
+        return experiments[0]
     if len(mine) != 1:
         names = ", ".join(sorted({f"{name} version {version}" for name, version in seen})) or "none"
         raise ValueError(f"{path}: records are of {names}; give the definition of one of these")

@@ -92,6 +92,9 @@ def test_the_definition_must_be_of_the_records(
     assert main(["experiments", "analyse", str(records), str(definition)]) == 2
     assert "records are of test version 1" in capsys.readouterr().err
     one = tmp_path / "one.json"
+    one.write_text(experiment(name="third").model_dump_json(), "utf-8")
+    assert main(["experiments", "analyse", str(records), str(one)]) == 2
+    assert "records are of test version 1" in capsys.readouterr().err
     one.write_text(experiment(alpha=0.01).model_dump_json(), "utf-8")
     assert main(["experiments", "analyse", str(records), str(one), "--judge", "none"]) == 0
     assert "alpha 0.01" in capsys.readouterr().out
