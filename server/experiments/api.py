@@ -106,8 +106,9 @@ def add_experiments(app: FastAPI, host: Host, recorder: Recorder) -> None:
             _check_arms(host, caller, body)
             if body.name in before and not as_seen(registry.find(body.name), caller, host.profiles):
                 raise ConflictError(f"The name {body.name!r} is taken.", param="name")
+            first = 1 if registry.knows(body.name) else await recorder.first_version(body)
             entry = registry.next_version(
-                body.model_copy(update={"creator": caller.id}), version_given=given
+                body.model_copy(update={"creator": caller.id}), version_given=given, first=first
             )
             if entry is None:
                 return JSONResponse(_card(host, caller, seen(request, body.name)).model_dump())

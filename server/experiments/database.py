@@ -121,6 +121,8 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self._url = _parse(url)
+        self._opened: tuple[int, int] | None = None
+        """Device and inode of SQLite's file, as the last migration left it."""
         if self._url.get_backend_name() == "sqlite":
             self.engine = sa.create_engine(self._url, hide_parameters=True)
             sa.event.listen(self.engine, "connect", _configure_sqlite)
@@ -160,6 +162,7 @@ class Database:
         if self._url.get_backend_name() == "sqlite":
             # SQLite would let others read it.
             os.close(os.open(str(self._url.database), os.O_RDWR | os.O_CREAT, 0o600))
+            self._opened = _inode(str(self._url.database))
         with _MIGRATING, self._using(), self.engine.connect() as connection:
             if self.engine.dialect.name == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -201,6 +204,9 @@ class Database:
                 if rows:
                     insert = self._insert(table).on_conflict_do_nothing(index_elements=["id"])
                     connection.execute(insert, rows)
+        # SQLite writes on into a file that was removed, and all of it is gone at the end.
+        if self._opened is not None and _inode(str(self._url.database)) != self._opened:
+            raise DatabaseError(f"{self.name}: its file was removed, or replaced by another")
 
     def answers(self, experiment: str, version: int) -> Iterator[AnswerRecord]:
         """The answers of one version in order of time, read page by page: an iterator that is left
@@ -210,6 +216,17 @@ class Database:
     def events(self, experiment: str, version: int) -> Iterator[EventRecord]:
         """The events of one version, in order of time."""
         return map(EventRecord.from_json, self._pages(events, experiment, version))
+
+    def latest_version(self, experiment: str) -> int:
+        """The highest version of which there are records; 0 without any."""
+        with self._using(), self.engine.connect() as connection:
+            found = [
+                connection.scalar(
+                    sa.select(sa.func.max(table.c.version)).where(table.c.experiment == experiment)
+                )
+                for table in (answers, events)
+            ]
+        return max(version or 0 for version in found)
 
     def experiments(self) -> list[SeenExperiment]:
         """Every version of which there are answers, by name."""
@@ -272,6 +289,14 @@ class Database:
             yield
         except SQLAlchemyError as error:
             raise DatabaseError(f"{self.name}: {_reason(error)}") from None
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def sqlite_url(path: Path) -> str:

@@ -6,6 +6,8 @@ whoever edits an experiment makes the next version, whose records are its own.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from datetime import datetime
 from typing import Annotated, Literal
@@ -116,6 +118,13 @@ class Experiment(_Definition):
         if self.better == "higher" and self.metric != "refusal":
             raise ValueError(f"more {self.metric} is never better; leave 'better' out")
         return self
+
+    @property
+    def digest(self) -> str:
+        """Of all that it defines, hex; the same for every version and creator of it."""
+        # Without defaults, so that a field which a later release adds changes none.
+        data = self.model_dump(mode="json", exclude={"version", "creator"}, exclude_defaults=True)
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def control(self) -> Arm:

@@ -39,6 +39,10 @@ class Records(Protocol):
         """All events of a version, by time."""
         ...
 
+    def latest_version(self, experiment: str) -> int:
+        """The highest version of which there are answers or events; 0 without any."""
+        ...
+
     @property
     def state(self) -> State:
         """How the way to the database fares."""
@@ -76,6 +80,10 @@ class MemoryRecords:
     def events(self, experiment: str, version: int) -> list[EventRecord]:
         found = self._of(experiment, version)
         return _once(r for r in found if isinstance(r, EventRecord))
+
+    def latest_version(self, experiment: str) -> int:
+        with self._lock:
+            return max((r.version for r in self._records if r.experiment == experiment), default=0)
 
     state: State = "off"
     pending = 0

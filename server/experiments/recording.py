@@ -21,7 +21,13 @@ from server.experiments.definitions import Arm, Experiment
 from server.experiments.interfaces import JUDGED_LATER, Fired, Guard, with_judgements
 from server.experiments.judging import Job, LaterJudge
 from server.experiments.reading import Reading
-from server.experiments.records import AnswerRecord, EventRecord, Kind
+from server.experiments.records import (
+    DEFINITION,
+    AnswerRecord,
+    EventRecord,
+    Kind,
+    definitions_of,
+)
 from server.experiments.registry import Entry, Stop
 from server.experiments.shadow import Shadows
 from server.hosting import Host
@@ -38,6 +44,8 @@ FOLLOW_SECONDS = 10.0
 """How often other replicas' events are looked for."""
 START_SECONDS = 10.0
 """How long a start waits for the database to say what happened before; else it is heard later."""
+DEFINING_SECONDS = 10.0
+"""How long a new experiment waits for the database to say which version it is."""
 STOPPING = frozenset({"guard_rail", "stopped"})
 
 
@@ -51,6 +59,7 @@ class Recorder:
         self._guards: dict[tuple[str, int], Guard] = {}
         self.reading = Reading()
         self._fired: set[str] = set()
+        self._reused: set[tuple[str, int]] = set()
         self._unseen: set[tuple[str, int]] = set()
         """Versions whose guard has not seen yet what was on record at the start."""
         self._blind = False
@@ -72,7 +81,7 @@ class Recorder:
             for arm, stop in entry.stopped.items():
                 self._record_event(entry.experiment, stop.kind, arm, dict(stop.detail), stop.time)
             if self.host.experiments.status(entry) != "ended":
-                self._record_event(entry.experiment, "registered", None, {})
+                self._record_registered(entry.experiment)
                 lasting.append(entry)
                 if entry.experiment.guard_rails:
                     self._unseen.add(_key(entry.experiment))
@@ -92,7 +101,32 @@ class Recorder:
     def defined(self, entry: Entry) -> None:
         """A version has begun."""
         self._announce(entry)
-        self._record_event(entry.experiment, "registered", None, {"by": entry.experiment.creator})
+        self._record_registered(entry.experiment, by=entry.experiment.creator)
+
+    async def first_version(self, asked: Experiment) -> int:
+        """The version with which an experiment begins whose name is not known here: the one on
+        record, if it is this definition and not over, as on another replica or before a restart,
+        else the next. Raises UnavailableError."""
+        registry, records, name = self.host.experiments, self.host.records, asked.name
+
+        def find() -> int:
+            latest = records.latest_version(name)
+            if latest == 0:
+                return 1
+            events = list(records.events(name, latest))
+            entry = Entry(
+                asked,
+                stopped={
+                    event.arm: Stop(event.time, event.kind)
+                    for event in events
+                    if event.kind in STOPPING and event.arm is not None
+                },
+                ended=next((event.time for event in events if event.kind == "removed"), None),
+            )
+            goes_on = asked.digest in definitions_of(events) and registry.status(entry) != "ended"
+            return latest if goes_on else latest + 1
+
+        return await self.reading.run(find, DEFINING_SECONDS)
 
     def removed(self, entry: Entry, by: str) -> None:
         """An experiment was ended."""
@@ -161,6 +195,11 @@ class Recorder:
             EventRecord(
                 id, at or time.time(), experiment.name, experiment.version, kind, arm, detail
             )
+        )
+
+    def _record_registered(self, experiment: Experiment, **detail: object) -> None:
+        self._record_event(
+            experiment, "registered", None, {**detail, DEFINITION: experiment.digest}
         )
 
     def _answer_record(self, reply: Reply, kind: Kind, pair: str) -> AnswerRecord:
@@ -313,6 +352,13 @@ class Recorder:
 
     def _adopt(self, experiment: Experiment, events: Sequence[EventRecord]) -> None:
         registry = self.host.experiments
+        if definitions_of(events) - {experiment.digest} and _key(experiment) not in self._reused:
+            self._reused.add(_key(experiment))
+            logger.error(
+                "experiment %s: version %d is on record with another definition, whose answers are "
+                "counted as this one's; give it the next version",
+                experiment.name, experiment.version,
+            )  # fmt: skip
         for event in events:
             if event.kind in STOPPING and event.arm is not None:
                 stop = Stop(event.time, event.kind, event.detail)
@@ -325,6 +371,7 @@ class Recorder:
             elif event.kind == "removed":
                 current = registry.find(experiment.name)
                 if current.experiment == experiment and current.ended is None:
+                    logger.warning("experiment %s: it has ended, as is on record", experiment.name)
                     registry.put(replace(current, ended=event.time))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -10,6 +11,9 @@ from steering.judge import Outcome
 from steering.monitor import PromptClass
 
 Kind = Literal["exposure", "shadow"]
+
+DEFINITION = "definition"
+"""In the detail of a `registered` event, the digest of what was defined."""
 
 
 @dataclass(frozen=True)
@@ -95,3 +99,9 @@ class EventRecord:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         return cls(**values)
+
+
+def definitions_of(events: Iterable[EventRecord]) -> set[str]:
+    """Digests of the definitions that a version is on record with; one, if all is well."""
+    found = (event.detail.get(DEFINITION) for event in events if event.kind == "registered")
+    return {digest for digest in found if isinstance(digest, str)}

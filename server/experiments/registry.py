@@ -189,17 +189,29 @@ class Registry:
     def status(self, entry: Entry) -> Status:
         return entry.status(self.clock())
 
-    def next_version(self, asked: Experiment, *, version_given: bool) -> Entry | None:
+    def knows(self, name: str) -> bool:
+        """Whether there is one of this name, be it one that the settings once had."""
+        return name in self._entries or name in self._dormant
+
+    def next_version(
+        self, asked: Experiment, *, version_given: bool, first: int = 1
+    ) -> Entry | None:
         """What defining this experiment now comes to; None where that changes nothing.
+
+        Args:
+            first: version of one whose name is not known.
 
         Raises ConflictError where the settings define it, or for a version that is not the next.
         """
         old = self._entries.get(asked.name) or self._dormant.get(asked.name)
         if old is None:
-            if version_given and asked.version != 1:
-                raise ConflictError("A new experiment begins with version 1.", param="version")
+            if version_given and asked.version != first:
+                before = f": there are records of {first - 1} before it" if first > 1 else ""
+                raise ConflictError(
+                    f"{asked.name!r} begins with version {first} here{before}.", param="version"
+                )
             self._check_room()
-            return Entry(asked.model_copy(update={"version": 1}))
+            return Entry(asked.model_copy(update={"version": first}))
         if old.from_settings:
             raise ConflictError(
                 f"The experiment {asked.name!r} is defined in the settings; change it there, with "

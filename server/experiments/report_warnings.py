@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from server.experiments.analysis import Answers
 from server.experiments.correction import Corrector
 from server.experiments.definitions import Experiment, Metric
+from server.experiments.records import definitions_of
 from server.experiments.report import Comparison, Report
 
 WORSE: Mapping[Metric, str] = {
@@ -19,6 +20,11 @@ WORSE: Mapping[Metric, str] = {
 
 def warnings_of(report: Report, answers: Answers, corrector: Corrector) -> Iterator[str]:
     """Each in a sentence or two, the gravest first."""
+    if definitions_of(report.events) - {report.experiment.digest}:
+        yield (
+            "This version is on record with another definition, whose answers are counted as this "
+            "one's. Give a changed definition the next version."
+        )
     if report.sample_ratio.mismatch:
         yield (
             f"Units are not spread over the arms as the weights say (p = "

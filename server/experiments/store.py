@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +99,18 @@ class Records:
             return self._read(EventRecord, experiment, version)
         self.flush(1.0)
         return _reading(self.database.events(experiment, version))
+
+    def latest_version(self, experiment: str) -> int:
+        """The highest version of which there are records; 0 without any. Blocks.
+
+        Raises UnavailableError.
+        """
+        if self.database is None:
+            versions = (r.version for r in self.journal.read() if r.experiment == experiment)
+            return max(versions, default=0)
+        self.flush(1.0)
+        with _readable():
+            return self.database.latest_version(experiment)
 
     @property
     def state(self) -> State:
@@ -207,10 +220,16 @@ def _make_database(settings: Settings) -> Database:
 
 
 def _reading(records: Iterator[_R]) -> Iterator[_R]:
+    with _readable():
+        yield from records
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
     from server.experiments.database import DatabaseError
 
     try:
-        yield from records
+        yield
     except DatabaseError as error:
         logger.error("records of experiments cannot be read: %s", error)
         raise UnavailableError(

@@ -83,11 +83,12 @@ class DatabaseWriter:
         self._thread.start()
 
     def flush(self, seconds: float) -> bool:
-        """Wait until all that was appended is in the database; False if that takes too long."""
+        """Wait until all that was appended is in the database, and the database has its tables;
+        False if that takes too long."""
         if not self.failing:
             self._wake.set()
         with self._round:
-            return self._round.wait_for(lambda: self.pending == 0, seconds)
+            return self._round.wait_for(lambda: self._migrated and self.pending == 0, seconds)
 
     def close(self, seconds: float) -> None:
         """Move what is left, once more if the database does not answer, and stop."""

@@ -55,6 +55,17 @@ def test_writing_a_record_again_changes_nothing(url: str) -> None:
     database.close()
 
 
+def test_the_latest_version_is_of_answers_and_events(url: str) -> None:
+    database = Database(url)
+    database.migrate()
+    assert database.latest_version("tone") == 0
+    database.write([answer(1), answer(2, version=2), event(1, version=3)])
+    database.write([answer(3, experiment="other", version=9)])
+    assert database.latest_version("tone") == 3
+    assert database.latest_version("other") == 9
+    database.close()
+
+
 def test_pages_are_seamless_where_times_are_equal(url: str) -> None:
     database = Database(url)
     database.migrate()

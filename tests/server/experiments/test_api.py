@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from server.cli import main
-from server.errors import ConflictError
+from server.errors import ConflictError, UnavailableError
 from server.experiments import registry as registry_module
 from server.experiments.definitions import Experiment
 from server.experiments.records import AnswerRecord, EventRecord
@@ -90,6 +90,84 @@ def test_a_changed_definition_is_the_next_version_with_records_of_its_own() -> N
     assert (len(answers(host)), len(answers(host, version=2))) == (0, int(in_part))
 
 
+def elsewhere(host: Host) -> Host:
+    """Another server, with the records of the first and nothing else of it."""
+    other = make_host()
+    other.records = host.records
+    return other
+
+
+def test_a_name_that_only_the_records_know_goes_on_or_begins_anew() -> None:
+    host = make_host()
+    talk(host, ("POST", URL, definition()), ASK)
+    host = elsewhere(host)
+    [same] = talk(host, ("POST", URL, definition()))
+    assert (same.status_code, same.json()["version"]) == (201, 1)  # as on another replica
+    host = elsewhere(host)
+    wrong, other, asked = talk(
+        host,
+        ("POST", URL, definition(version=1, coverage=0.999)),
+        ("POST", URL, definition(coverage=0.999)),
+        ASK,
+    )
+    assert wrong.status_code == 409 and "begins with version 2" in error_of(wrong)["message"]
+    assert other.json()["version"] == 2
+    assert [len(answers(host, version=v)) for v in (1, 2)] == [1, 1]
+    assert told(asked) == ("bold", "treated")
+    host = elsewhere(host)
+    [again] = talk(host, ("POST", URL, definition(coverage=0.999, version=2)))
+    assert (again.status_code, again.json()["version"]) == (201, 2)
+
+
+@pytest.mark.parametrize(
+    "over",
+    [("DELETE", f"{URL}/trial"), ("POST", f"{URL}/trial/stop", {"arm": "treated"})],
+)
+def test_what_was_ended_is_not_taken_up_again(over: tuple[Any, ...]) -> None:
+    host = make_host()
+    talk(host, ("POST", URL, definition()), over)
+    [again] = talk(elsewhere(host), ("POST", URL, definition()))
+    assert (again.json()["version"], again.json()["status"]) == (2, "running")
+
+
+def test_experiments_that_made_room_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "MOST_EXPERIMENTS", 1)
+    host = make_host()
+    steps = [
+        step
+        for name in ("trial", "second", "trial")
+        for step in (
+            ("POST", URL, definition(name=name)),
+            ("DELETE", f"{URL}/{name}"),
+        )
+    ]
+    made = talk(host, *steps)
+    assert [r.json()["version"] for r in made[::2]] == [1, 1, 2]
+
+
+def test_records_that_cannot_be_read_make_no_version() -> None:
+    host = make_host()
+
+    def broken(experiment: str) -> int:
+        raise UnavailableError("The records of experiments cannot be read now.")
+
+    host.records.latest_version = broken  # type: ignore[method-assign]
+    refused, listed = talk(host, ("POST", URL, definition()), ("GET", URL))
+    assert refused.status_code == 503 and listed.json()["data"] == []
+
+
+def test_another_definition_under_the_same_version_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    host = hosting(experiment())
+    talk(host, ASK)
+    changed = hosting(experiment(horizon=500))  # the settings were changed, and not the version
+    changed.records = host.records
+    [report] = talk(changed, ("GET", f"{URL}/trial/report?format=text"))
+    assert "on record with another definition" in report.text
+    assert caplog.text.count("version 1 is on record with another definition") == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "param"),
     [
@@ -131,6 +209,10 @@ def test_what_makes_no_experiment_is_refused(
             "the end must lie after the start.",
         ),
         ({"arms": ARMS[:1]}, "'arms' must have at least 2 items."),
+        (
+            {"arms": [ARMS[0], {**ARMS[1], "weight": 0}]},
+            "'arms[1].weight' should be greater than or equal to 0.000001 (got 0).",
+        ),
     ],
 )
 def test_a_contradiction_is_told_in_its_own_words(changes: dict[str, Any], says: str) -> None:

@@ -170,6 +170,33 @@ def test_a_database_that_was_emptied_gets_its_tables_again(url: str, tmp_path: P
     records.close()
 
 
+def test_a_file_that_is_removed_takes_no_record_with_it_that_comes_after(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = make_records(tmp_path / "journal", url)
+    records.start()
+    records.append(answer(1))
+    assert records.flush()
+    for file in tmp_path.glob("records.sqlite*"):
+        file.unlink()
+    records.append(answer(2))
+    assert records.flush()
+    assert "its file was removed, or replaced by another" in caplog.text
+    records.close()
+    reader = Database(url)
+    assert answer(2) in list(reader.answers("tone", 1))
+    reader.close()
+
+
+def test_the_latest_version_on_record_needs_no_database(tmp_path: Path) -> None:
+    records = Records(Journal(tmp_path))
+    assert records.latest_version("tone") == 0
+    records.append(answer(1))
+    records.append(event(1, version=4))
+    assert records.latest_version("tone") == 4
+    records.close()
+
+
 def test_records_that_no_database_took_wait_for_the_next_start(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
