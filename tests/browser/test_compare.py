@@ -125,6 +125,15 @@ def test_the_keyboard_goes_through_tokens(demo: Server, visit: Callable[..., Pag
     expect(tokens.locator(".at")).to_have_count(0)
 
 
+def test_a_slider_goes_back_to_where_it_was(demo: Server, visit: Callable[..., Page]) -> None:
+    page = visit(demo.address, "/#/compare?arm=raw&arm=llm-va~5")
+    slider = page.get_by_label("Strength of column 2")
+    slider.fill("2.5")
+    assert slider.get_attribute("max") == "5"
+    slider.press("End")
+    expect(slider).to_have_value("5")
+
+
 def test_a_slider_at_zero_is_raw(demo: Server, visit: Callable[..., Page]) -> None:
     page = visit(demo.address)
     replies = await_replies(page, *PROFILES)
@@ -133,7 +142,7 @@ def test_a_slider_at_zero_is_raw(demo: Server, visit: Callable[..., Page]) -> No
         expect(card(page, profile)).to_contain_text("Same words as raw")
         assert text_of(page, profile) == replies["raw"]
         expect(card(page, profile).locator(".strength")).to_have_text("\u00d7 0")
-    assert "arm=llm-va%7E0" in page.url
+    expect(page).to_have_url(re.compile("arm=llm-va%7E0"))
 
 
 def test_stop_ends_the_replies_and_frees_their_slots(
@@ -175,12 +184,13 @@ def test_a_link_reopens_the_same_comparison(demo: Server, visit: Callable[..., P
     page.get_by_role("radio", name="Benign", exact=True).check(force=True)
     everything = page.locator(".tokens").all_inner_texts()
     assert len(everything) == 4
+    expect(page).to_have_url(re.compile("tint=benign"))  # it is written a moment later
 
     other = visit(demo.address, page.url.removeprefix(demo.address))
     expect(other.get_by_role("heading", name="Thank you!")).to_be_visible()
     await_replies(other, "raw", "llm-va")
     expect(other.locator(".tokens")).to_have_text(everything)
-    assert other.url == page.url
+    expect(other).to_have_url(page.url)
     expect(other.get_by_role("radio", name="Benign", exact=True)).to_be_checked()
     assert other.get_by_label("Strength of column 2").input_value() == "0.95"
     page.reload()

@@ -172,6 +172,16 @@ def test_an_experiment_that_nobody_has_taken_part_in_claims_nothing(
     page.unroute_all(behavior="wait")
 
 
+def test_an_experiment_that_is_not_here_shows_no_other(
+    busy: Server, visit: Callable[..., Page]
+) -> None:
+    page = visit(busy.address, "/#/experiments/nope")
+    expect(page.get_by_text("There is no experiment nope here")).to_be_visible()
+    expect(page.get_by_role("region", name="Arms", exact=True)).to_have_count(0)
+    page.get_by_role("navigation", name="Experiments").get_by_role("link", name="trial").click()
+    expect(page.get_by_role("region", name="Arms", exact=True)).to_be_visible()
+
+
 def test_without_experiments_the_view_says_how_to_begin_one(
     demo: Server, visit: Callable[..., Page]
 ) -> None:

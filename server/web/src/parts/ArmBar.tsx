@@ -1,3 +1,4 @@
+import { useRef } from "preact/hooks";
 import { arms, changeArm, removeArm, type Arm } from "../comparison";
 import { strengthText } from "../logic/format";
 import { LEAST_ARMS } from "../logic/link";
@@ -55,7 +56,7 @@ function ArmControl({ arm, position }: { arm: Arm; position: number }) {
         )}
       </div>
       {card && !card.identity && !card.folded ? (
-        <Strength arm={arm} own={card.strength} position={position} />
+        <Strength key={arm.profile} arm={arm} own={card.strength} position={position} />
       ) : (
         <p class="quiet strength">
           {card?.folded ? "Folded into the weights" : card?.identity ? "No edits" : "\u00a0"}
@@ -67,7 +68,14 @@ function ArmControl({ arm, position }: { arm: Arm; position: number }) {
 
 function Strength({ arm, own, position }: { arm: Arm; own: number; position: number }) {
   const value = arm.strength ?? own;
-  const most = Math.max(2 * Math.abs(own), Math.abs(value)) || 1;
+  // It keeps what it has reached: a slider that shrank under its thumb could not go back.
+  const reach = useRef({ low: 0, high: 0 });
+  reach.current = {
+    low: Math.min(reach.current.low, value),
+    high: Math.max(reach.current.high, 2 * Math.abs(own), Math.abs(value)),
+  };
+  const { low, high } = reach.current;
+  const most = high || 1;
   const set = (strength: number) =>
     changeArm(arm.id, { strength: strength === own ? null : strength });
   return (
@@ -75,7 +83,7 @@ function Strength({ arm, own, position }: { arm: Arm; own: number; position: num
       <span class="hidden">Strength of column {position}</span>
       <input
         type="range"
-        min={Math.min(0, value)}
+        min={low}
         max={most}
         step={most / 40}
         value={value}

@@ -15,12 +15,13 @@ export function Experiments() {
   );
   const { value, error } = list.value;
   const experiments = value?.data ?? [];
-  const shown = experiments.find((each) => each.name === route.value.rest) ?? experiments[0];
+  const asked = route.value.rest;
+  const shown = asked ? experiments.find((each) => each.name === asked) : experiments[0];
   return (
     <div class="experiments">
       <header class="head">
         <h1>Experiments</h1>
-        {experiments.length > 1 && (
+        {experiments.length > (shown ? 1 : 0) && (
           <nav class="tabs" aria-label="Experiments">
             {experiments.map((each) => (
               <a
@@ -35,7 +36,10 @@ export function Experiments() {
         )}
       </header>
       {error && <Notice tone="bad">{error}</Notice>}
-      {value && !shown && <Nothing />}
+      {value && experiments.length === 0 && <Nothing />}
+      {experiments.length > 0 && !shown && (
+        <p class="pad">There is no experiment {asked} here, or none that this key may see.</p>
+      )}
       {!value && !error && <p class="quiet pad">Loading …</p>}
       {shown && <Shown key={`${shown.name} ${shown.version}`} experiment={shown} />}
     </div>
