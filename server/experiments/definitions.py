@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -122,8 +122,12 @@ class Experiment(_Definition):
     @property
     def digest(self) -> str:
         """Of all that it defines, hex; the same for every version and creator of it."""
+        times = {"start": self.start, "end": self.end}
+        moments = {name: at.astimezone(UTC) for name, at in times.items() if at is not None}
         # Without defaults, so that a field which a later release adds changes none.
-        data = self.model_dump(mode="json", exclude={"version", "creator"}, exclude_defaults=True)
+        data = self.model_copy(update=moments).model_dump(
+            mode="json", exclude={"version", "creator"}, exclude_defaults=True
+        )
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     @property

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -114,17 +114,8 @@ class Recorder:
             if latest == 0:
                 return 1
             events = list(records.events(name, latest))
-            entry = Entry(
-                asked,
-                stopped={
-                    event.arm: Stop(event.time, event.kind)
-                    for event in events
-                    if event.kind in STOPPING and event.arm is not None
-                },
-                ended=next((event.time for event in events if event.kind == "removed"), None),
-            )
-            goes_on = asked.digest in definitions_of(events) and registry.status(entry) != "ended"
-            return latest if goes_on else latest + 1
+            over = registry.status(_as_recorded(asked, events)) == "ended"
+            return latest if asked.digest in definitions_of(events) and not over else latest + 1
 
         return await self.reading.run(find, DEFINING_SECONDS)
 
@@ -359,20 +350,32 @@ class Recorder:
                 "counted as this one's; give it the next version",
                 experiment.name, experiment.version,
             )  # fmt: skip
-        for event in events:
-            if event.kind in STOPPING and event.arm is not None:
-                stop = Stop(event.time, event.kind, event.detail)
-                if registry.stop(experiment.name, experiment.version, event.arm, stop):
-                    logger.warning(
-                        "experiment %s: the arm %s is stopped, as is on record",
-                        experiment.name, event.arm,
-                    )  # fmt: skip
-                    self._announce(registry.find(experiment.name))
-            elif event.kind == "removed":
-                current = registry.find(experiment.name)
-                if current.experiment == experiment and current.ended is None:
-                    logger.warning("experiment %s: it has ended, as is on record", experiment.name)
-                    registry.put(replace(current, ended=event.time))
+        recorded = _as_recorded(experiment, events)
+        for arm, stop in recorded.stopped.items():
+            if registry.stop(experiment.name, experiment.version, arm, stop):
+                logger.warning(
+                    "experiment %s: the arm %s is stopped, as is on record", experiment.name, arm
+                )
+                self._announce(registry.find(experiment.name))
+        if recorded.ended is not None:
+            current = registry.find(experiment.name)
+            if current.experiment == experiment and current.ended is None:
+                logger.warning("experiment %s: it has ended, as is on record", experiment.name)
+                registry.put(replace(current, ended=recorded.ended))
+
+
+def _as_recorded(experiment: Experiment, events: Iterable[EventRecord]) -> Entry:
+    """What became of an experiment, by its events."""
+    stopped: dict[str, Stop] = {}
+    ended = None
+    for event in events:
+        # A guard-rail may have fired on the control, which nothing stops.
+        on_control = event.arm == experiment.control.name
+        if event.kind in STOPPING and event.arm is not None and not on_control:
+            stopped.setdefault(event.arm, Stop(event.time, event.kind, event.detail))
+        elif event.kind == "removed":
+            ended = event.time
+    return Entry(experiment, stopped=stopped, ended=ended)
 
 
 def _key(experiment: Experiment) -> tuple[str, int]:

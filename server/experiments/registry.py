@@ -225,7 +225,7 @@ class Registry:
                 param="version",
             )
         new_one = version_given and asked.version == number + 1
-        same = _same(old.experiment, asked)
+        same = old.experiment.digest == asked.digest
         if same and self.status(old) != "ended" and not new_one:
             return None
         if version_given and not new_one and not same:
@@ -365,12 +365,6 @@ def unknown_experiment(name: str, param: str) -> NotFoundError:
     shown = name if len(name) <= 100 else name[:100] + "..."
     code = "model_not_found" if param == "model" else "not_found"
     return NotFoundError(f"There is no experiment {shown!r} here.", param=param, code=code)
-
-
-def _same(a: Experiment, b: Experiment) -> bool:
-    """Whether two definitions are one but for version and creator."""
-    none: dict[str, Any] = {"version": 1, "creator": ""}
-    return a.model_copy(update=none) == b.model_copy(update=none)
 
 
 def _continued(kept: Entry | None, defined: Experiment) -> Entry:

@@ -130,6 +130,24 @@ def test_what_was_ended_is_not_taken_up_again(over: tuple[Any, ...]) -> None:
     assert (again.json()["version"], again.json()["status"]) == (2, "running")
 
 
+def test_a_guard_rail_that_fired_on_the_control_ends_nothing() -> None:
+    host = make_host()
+    talk(host, ("POST", URL, definition()))
+    fired = EventRecord("x", 0.0, "trial", 1, "guard_rail", "control", {})
+    host.records.append(fired)
+    [again] = talk(elsewhere(host), ("POST", URL, definition()))
+    assert (again.json()["version"], again.json()["status"]) == (1, "running")
+
+
+def test_a_moment_is_the_same_in_every_time_zone() -> None:
+    host = make_host()
+    times = ("2026-01-01T01:00:00+01:00", "2026-01-01T00:00:00Z")
+    here, same = talk(host, *(("POST", URL, definition(start=start)) for start in times))
+    [there] = talk(elsewhere(host), ("POST", URL, definition(start=times[1])))
+    assert (here.status_code, same.status_code) == (201, 200)
+    assert there.json()["version"] == 1
+
+
 def test_experiments_that_made_room_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry_module, "MOST_EXPERIMENTS", 1)
     host = make_host()
